@@ -1,0 +1,82 @@
+# `make help` lists the targets. `make check` is all of CI.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Debian packages that only checks need; a machine that has none of them still builds, tests and benches.
+DEBIAN_PACKAGES := redis-server
+
+# The tests, the benches and the demo run on this tree, with the extension built in place. The extension is a target
+# of its own, named for the Python it is for, so it is never staler than its sources and never another Python's.
+SUFFIX := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+INCLUDE := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
+EXTENSION := shmpool/_core$(SUFFIX)
+CORE := shmpool/core $(wildcard shmpool/core/*.[ch])
+ENV := $(VENV)/.made$(SUFFIX)
+HAS := $(VENV)/.has-
+
+.PHONY: help demo test check sanitize bench bench-smoke build extension tools lint types clean
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
+
+demo: $(HAS)demo $(EXTENSION) ## show the pool at work, against a Redis of its own
+	$(BIN)/python -m shmpool demo
+
+test: $(HAS)test $(EXTENSION) ## run all tests but the sanitizer builds
+	$(BIN)/python -m pytest -q -n auto -m 'not sanitize'
+
+check: lint types build test sanitize bench-smoke ## all of CI
+
+sanitize: $(HAS)test $(EXTENSION) ## run the C core's tests under the sanitizers
+	$(BIN)/python -m pytest -q -m sanitize
+
+bench: $(HAS)bench $(EXTENSION) ## measure, beside other pools
+	$(BIN)/python -m benches
+
+bench-smoke: $(HAS)bench $(EXTENSION) ## see that the benches run
+	$(BIN)/python -m benches --quick
+
+build: $(HAS)dev ## make sdist and wheel in dist/, and see that the wheel can be imported
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m pip install -q --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && ../../$(BIN)/python -c 'import shmpool; print(shmpool.__version__, shmpool.__file__)'
+
+extension: $(EXTENSION) ## build the extension in place
+
+tools: ## install the Debian packages that only checks need
+	if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
+	$$sudo apt-get update -q && $$sudo apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES)
+
+lint: $(HAS)dev ## ruff, and the C compiler's warnings as errors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(CC) -std=c11 -O2 -Wall -Wextra -Werror -fsyntax-only -I$(INCLUDE) $(filter %.c,$(CORE))
+
+types: $(HAS)dev ## mypy strict and pyright
+	$(BIN)/mypy --strict shmpool tests/typing
+	$(BIN)/pyright
+
+clean: ## remove what was built, and the environment
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache shmpool/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment. One stamp for it, one for each set of extras in it; another Python makes it anew.
+
+$(ENV):
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'setuptools>=77'
+	touch $@
+
+$(HAS)%: pyproject.toml setup.py $(ENV) | $(EXTENSION)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[$*]'
+	touch $@
+
+$(EXTENSION): setup.py $(CORE) | $(ENV)
+	$(BIN)/python setup.py -q build_ext --inplace --force
+	touch $@

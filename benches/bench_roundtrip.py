@@ -1,0 +1,88 @@
+"""What one lease and its return cost in a process that has used the connection before.
+
+Floors: an empty C guard in `with`; the same with a CAS pair on shared memory; a bare liveness look. Peers: pools.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from benches import floor, peers, subject
+from benches.harness import Candidate, Line, Options, Table, interleave, loop
+from benches.workers import Peer
+
+GUARD = "empty C guard, with"
+LOOK = "recv(MSG_PEEK|MSG_DONTWAIT)"
+WARM = "shmpool with get() as c: c.socket"
+LOOKING = WARM + ", looked at"
+BODY = "with get() as c: c.socket"
+
+
+def run(options: Options) -> list[Line]:
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(Peer())
+        candidates = floors(stack, peer)
+        subjects = [] if options.floors_only else ours(stack, peer)
+        others = peers.enter_all(stack, peer, options)
+        candidates += [*subjects, *stack.enter_context(peers.lifo_queue(peer)), *others]
+        table = interleave(candidates, rounds=options.pick(40, 200), slice_ms=options.pick(1.0, 2.0))
+    table.show(options, GUARD)
+    return [] if options.floors_only else budget(table, [other.name for other in others])
+
+
+def floors(stack: contextlib.ExitStack, peer: Peer) -> list[Candidate]:
+    c = floor.load()
+    quiet = stack.enter_context(peer.dial_tcp())
+    return [
+        Candidate(GUARD, loop("with guard: pass", guard=c.Guard())),
+        Candidate("empty C guard, with get() as c: c.socket", loop(BODY, get=c.Guard().get)),
+        Candidate("C guard with a CAS pair on shared memory", loop("with guard: pass", guard=c.Guard(c.CAS))),
+        Candidate("C guard with CAS pair and two clocks", loop("with guard: pass", guard=c.Guard(c.CLOCK))),
+        Candidate("C call", loop("nothing()", nothing=c.nothing)),
+        Candidate(LOOK, lambda n: int(c.look_at_socket(quiet.fileno(), n))),
+    ]
+
+
+def ours(stack: contextlib.ExitStack, peer: Peer) -> list[Candidate]:
+    def pool(**config: Any) -> Any:
+        made = stack.enter_context(subject.pool_of(peer.dial_tcp, 8, **{"alive_bypass": 60.0, **config}))
+        subject.warm(made, 1)
+        return made
+
+    def nothing(connection: object) -> None: ...
+
+    usual = pool()
+    return [
+        Candidate(WARM, loop("with pool.get() as c: c.socket", pool=usual)),
+        Candidate("shmpool with get() as c: pass", loop("with pool.get() as c: pass", pool=usual)),
+        Candidate("shmpool get/release", loop("c = pool.get()\nc.release()", pool=usual)),
+        Candidate("shmpool try_get/release", loop("c = pool.try_get()\nc.release()", pool=usual)),
+        Candidate("shmpool with get_tcp()", loop("with pool.get_tcp() as c: c.socket", pool=usual)),
+        Candidate(WARM + ", stats=False", loop("with pool.get() as c: c.socket", pool=pool(stats=False))),
+        Candidate(LOOKING, loop("with pool.get() as c: c.socket", pool=pool(alive_bypass=0.0))),
+        Candidate(
+            WARM + ", two hooks",
+            loop("with pool.get() as c: c.socket", pool=pool(on_borrow=nothing, on_return=nothing)),
+        ),
+    ]
+
+
+def budget(table: Table, others: list[str]) -> list[Line]:
+    def fastest(times: dict[str, float]) -> float:
+        return min(times[name] for name in others)
+
+    looks = table.derive(lambda times: (times[LOOKING] - times[WARM]) / times[LOOK])
+    lines = [
+        Line("roundtrip", "lease and return, warm / empty C guard", table.ratio(WARM, GUARD), limit=2.2),
+        Line("roundtrip", "liveness look / bare syscall", looks, limit=1.2),
+        Line("roundtrip", "get, release / empty C guard", table.ratio("shmpool get/release", GUARD)),
+        Line("roundtrip", "with two Python hooks / empty C guard", table.ratio(WARM + ", two hooks", GUARD)),
+        Line("roundtrip", "lease and return, warm", table.cost(WARM), unit=" ns", digits=0),
+    ]
+    if others:
+        speed = table.derive(lambda times: fastest(times) / times[WARM])
+        name = min(others, key=lambda other: table.cost(other).median)
+        what = f"fastest Python pool ({name}) / lease and return"
+        lines.insert(2, Line("roundtrip", what, speed, limit=12.0, at_least=True))
+    return lines

@@ -1,0 +1,42 @@
+"""How the benches make pools: one place that knows shmpool's constructor.
+
+Not here: any timing. With `--floors` nothing of shmpool is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def make_pool(dial: Callable[[Any], Any], max_connections: int, **config: Any) -> Any:
+    """A pool without anything running on its own during a bench that the bench did not ask for."""
+    shmpool = importlib.import_module("shmpool")
+    settings: dict[str, Any] = {
+        "min_connections": 0,
+        "health_check_interval": 3600.0,
+        "idle_timeout": 3600.0,
+        "max_lifetime": 7200.0,
+        "leak_timeout": 3600.0,
+        "get_timeout": 30.0,
+    }
+    return shmpool.Pool(dial=dial, max_connections=max_connections, **{**settings, **config})
+
+
+@contextlib.contextmanager
+def pool_of(dial: Callable[[Any], Any], max_connections: int, **config: Any) -> Iterator[Any]:
+    pool = make_pool(dial, max_connections, **config)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def warm(pool: Any, count: int) -> None:
+    """Dials `count` connections and leaves them idle."""
+    leases = [pool.get() for _ in range(count)]
+    for lease in leases:
+        assert lease.socket.fileno() >= 0
+        lease.release()

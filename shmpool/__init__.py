@@ -1,0 +1,63 @@
+"""One connection pool for all worker processes of a host: no proxy, no broker, no lock.
+
+    pool = shmpool.Pool("tcp://127.0.0.1:6379", max_connections=32)   # before the fork
+
+    with pool.get() as conn:
+        conn.socket.sendall(b"PING\\r\\n")
+
+This file only exports. Integrations (`shmpool.integrations`) and the command line are imported when they are used.
+"""
+
+from __future__ import annotations
+
+from . import errors
+from ._core import PooledConnection
+from .config import IPVersion, PoolConfig, Protocol
+from .dialing import DialRequest
+from .errors import (
+    DialError,
+    InvalidConfig,
+    LeaseExpired,
+    NoConnectionForIPVersion,
+    NoConnectionForProtocol,
+    PoolClosed,
+    PoolError,
+    PoolExhausted,
+    PoolExists,
+    PoolNotFound,
+    PoolTimeout,
+    SlabCorrupt,
+    SlabVersionMismatch,
+)
+from .inspector import inspect, list_pools
+from .pool import Pool
+from .stats import PoolStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DialError",
+    "DialRequest",
+    "IPVersion",
+    "InvalidConfig",
+    "LeaseExpired",
+    "NoConnectionForIPVersion",
+    "NoConnectionForProtocol",
+    "Pool",
+    "PoolClosed",
+    "PoolConfig",
+    "PoolError",
+    "PoolExhausted",
+    "PoolExists",
+    "PoolNotFound",
+    "PoolStats",
+    "PoolTimeout",
+    "PooledConnection",
+    "Protocol",
+    "SlabCorrupt",
+    "SlabVersionMismatch",
+    "__version__",
+    "errors",
+    "inspect",
+    "list_pools",
+]

@@ -1,0 +1,1601 @@
+/* module.c: the extension shmpool._core, the only file that knows Python.
+ *
+ *   PoolBase           one process's pool: get() and its variants in C from end to end; falls into Python (methods of its
+ *                      subclass shmpool.Pool) for dialling, wrapping a descriptor, hooks and the making of errors
+ *   PooledConnection   one lease
+ *   SlabView           a read-only look at a slab
+ *
+ * What the subclass provides: _dial(mask, timeout, slot, id) -> (socket, fd, bucket, private, mailed, lifetime, peer, metadata);
+ * _wrap(fd, bucket) -> (socket, mark); _restore(socket) -> bool; _peer(bucket, address, socket); _error(kind, mask, waited, timeout,
+ * cause) -> exception; _left() after the last resource went.
+ *
+ * Threads: with the GIL all of this is serialised except where it is released (sleeping, dialling, ending connections). Without it
+ * (free-threaded builds) what belongs to a slot is touched only by the thread that holds the slot, and a lease belongs to the
+ * thread that uses it. Fork: every entry first looks at the page that a fork wipes (worker.h).
+ *
+ * Not here: any decision about slots (pool.c).
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "connection.h"
+#include "pool.h"
+#include "recovery.h"
+
+enum { SPARE_LEASES = 8 };
+
+typedef struct LeaseObject LeaseObject;
+
+typedef struct {
+    PyObject_HEAD
+    struct pool pool;
+    bool made;            /* pool_create succeeded */
+    bool finished;        /* resources given back */
+    uint32_t generation;  /* of pool.generation when sessions were last looked at */
+    uint32_t mask;        /* buckets that get() takes when it is not told */
+    uint64_t default_timeout_ns;
+    PyObject *on_borrow, *on_return;
+#ifndef Py_GIL_DISABLED
+    LeaseObject *spares;
+    int spare_count;
+#endif
+} PoolObject;
+
+struct LeaseObject {
+    PyObject_HEAD
+    PoolObject *owner;
+    struct pool_claim claim;
+    struct entry *entry;
+    uint64_t begun_ns;   /* start of the lease, when it is timed */
+    uint32_t weight;     /* of this sample; 0: not timed */
+    uint32_t generation;
+    bool active;
+    uint64_t id;         /* of the connection, for the texts of errors */
+    LeaseObject *next;   /* among the spares */
+};
+
+static PyTypeObject *pool_type, *lease_type, *view_type;
+static PyObject *lease_expired; /* shmpool.errors.LeaseExpired */
+
+#define NEVER UINT64_MAX
+
+/* ---- small helpers ---- */
+
+/* Seconds as a Python float (or int, None) to nanoseconds; false with an exception set. inf is NEVER. */
+static bool seconds_ns(PyObject *value, const char *what, uint64_t *ns)
+{
+    double seconds = PyFloat_AsDouble(value);
+    if (seconds == -1.0 && PyErr_Occurred())
+        return false;
+    if (!(seconds >= 0)) {
+        PyErr_Format(PyExc_ValueError, "%s must be seconds >= 0, not %R", what, value);
+        return false;
+    }
+    *ns = seconds >= 9e9 ? NEVER : (uint64_t)(seconds * 1e9);
+    return true;
+}
+
+/* Raise what self._error(kind, ...) makes; `cause` may be NULL. */
+static PyObject *raise_error(PoolObject *self, const char *kind, uint32_t mask, uint64_t waited_ns, uint64_t timeout_ns)
+{
+    double timeout = timeout_ns == NEVER ? Py_HUGE_VAL : (double)timeout_ns / 1e9;
+    PyObject *error = PyObject_CallMethod((PyObject *)self, "_error", "sIdd", kind, (unsigned)mask, (double)waited_ns / 1e9,
+                                          timeout);
+    if (error) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+    return NULL;
+}
+
+static PyObject *expired(uint64_t id, const char *reason)
+{
+    PyObject *arguments = PyTuple_New(0);
+    PyObject *evidence = Py_BuildValue("{sKss}", "connection_id", (unsigned long long)id, "reason", reason);
+    PyObject *error = arguments && evidence ? PyObject_Call(lease_expired, arguments, evidence) : NULL;
+    if (error)
+        PyErr_SetObject(lease_expired, error);
+    Py_XDECREF(error);
+    Py_XDECREF(arguments);
+    Py_XDECREF(evidence);
+    return NULL;
+}
+
+/* ---- entries: what this process has of a connection ---- */
+
+static const char always_dirty[1] = {1};
+
+/* Take the objects out of an entry, so that the slot can be passed on before they are dropped. */
+struct parts {
+    PyObject *socket, *session, *note;
+};
+
+static struct parts entry_take(struct entry *entry)
+{
+    struct parts parts = {entry->socket, entry->session, entry->note};
+    entry->connection = 0;
+    entry->fd = -1;
+    entry->dirty = always_dirty;
+    entry->socket = entry->session = entry->note = NULL;
+    return parts;
+}
+
+/* Drop the session first (it may still say good-bye), then close our copy. Errors of either go to the unraisable hook. */
+static void parts_drop_session(struct parts *parts) { Py_CLEAR(parts->session); }
+
+static void parts_close(struct parts *parts)
+{
+    if (parts->socket) {
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        PyObject *result = PyObject_CallMethod(parts->socket, "close", NULL);
+        if (!result)
+            PyErr_WriteUnraisable(parts->socket);
+        Py_XDECREF(result);
+        PyErr_Restore(type, value, traceback);
+    }
+    Py_CLEAR(parts->socket);
+    Py_CLEAR(parts->note);
+}
+
+/* This process has not seen the slot's connection: drop what it has of an older one and fetch this one from the mailbox.
+ * 1: done; 0: there is no letter that fits; -1: exception. */
+static int entry_fetch(PoolObject *self, uint32_t slot)
+{
+    struct pool *pool = &self->pool;
+    struct entry *entry = &pool->entries[slot];
+    struct slot_shm *row = &pool->slab.slots[slot];
+    struct parts old = entry_take(entry);
+    parts_drop_session(&old);
+    parts_close(&old);
+    uint64_t connection = SHM_LOAD(row, row->connection);
+    struct letter letter;
+    int fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
+    pool_count(pool, fd < 0 ? SHM_W_bad_letters : SHM_W_mailbox_reads, 1);
+    if (fd < 0)
+        return 0;
+    PyObject *note = PyBytes_FromStringAndSize((const char *)letter.note, letter.head.note_size);
+    PyObject *pair = note ? PyObject_CallMethod((PyObject *)self, "_wrap", "iI", fd,
+                                                (unsigned)kind_bucket(SHM_LOAD(row, row->kind)))
+                          : NULL;
+    if (!pair || !PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 || !PyByteArray_Check(PyTuple_GET_ITEM(pair, 1))) {
+        if (pair)
+            PyErr_SetString(PyExc_TypeError, "_wrap must return (socket, bytearray)");
+        else
+            close(fd);
+        Py_XDECREF(pair);
+        Py_XDECREF(note);
+        return -1;
+    }
+    entry->socket = Py_NewRef(PyTuple_GET_ITEM(pair, 0));
+    entry->dirty = PyByteArray_AS_STRING(PyTuple_GET_ITEM(pair, 1)); /* the socket object keeps the bytearray */
+    entry->note = note;
+    entry->fd = fd;
+    entry->connection = connection; /* last: a child forked in between sees nothing */
+    Py_DECREF(pair);
+    return 1;
+}
+
+/* ---- ends of connections ---- */
+
+static void finish(PoolObject *self);
+
+/* The claim is RETIRING by us: end it. Releases the GIL; keeps a pending exception. */
+static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reason)
+{
+    struct pool *pool = &self->pool;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    struct entry *entry = &pool->entries[claim->slot];
+    bool current = entry->connection == SHM_LOAD(row, pool->slab.slots[claim->slot].connection);
+    int fd = current && !*entry->dirty ? entry->fd : -1;
+    struct parts parts = entry_take(entry);
+    parts_drop_session(&parts);
+    Py_BEGIN_ALLOW_THREADS
+    pool_retire(pool, claim, fd, reason);
+    Py_END_ALLOW_THREADS
+    parts_close(&parts);
+    if (!pool_is_open(pool))
+        finish(self);
+    PyErr_Restore(type, value, traceback);
+}
+
+/* LEASED by us -> ended. False: it was not ours any more. */
+static bool retire_leased(PoolObject *self, struct pool_claim *claim, unsigned reason)
+{
+    if (!pool_condemn(&self->pool, claim))
+        return false;
+    retire_condemned(self, claim, reason);
+    return true;
+}
+
+static bool holds_any(struct pool *pool)
+{
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        uint64_t word = slot_load(&pool->slab.slots[slot]);
+        if (slot_owner(word) == pool->worker && slot_state(word) != SLOT_IDLE && slot_state(word) != SLOT_EMPTY)
+            return true;
+    }
+    return false;
+}
+
+static void drop_entries(PoolObject *self)
+{
+    struct pool *pool = &self->pool;
+    for (uint32_t slot = 0; pool->entries && slot < pool->slab.layout.max_slots; slot++) {
+        struct parts parts = entry_take(&pool->entries[slot]);
+        parts_drop_session(&parts);
+        parts_close(&parts);
+    }
+}
+
+/* Sessions that a fork copied are the parent's: they are left alone for ever, because ending one here could end its
+ * connection there. */
+static void forget_foreign_sessions(PoolObject *self)
+{
+    struct pool *pool = &self->pool;
+    if (pool_joined(pool) && self->generation == pool->generation)
+        return;
+    self->generation = pool->generation;
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++)
+        pool->entries[slot].session = NULL;
+}
+
+/* The pool is closed: once this process holds nothing, give everything back but the mapping. */
+static void finish(PoolObject *self)
+{
+    struct pool *pool = &self->pool;
+    if (!self->made || self->finished || (pool_joined(pool) && holds_any(pool)))
+        return;
+    self->finished = true;
+    forget_foreign_sessions(self);
+    pool_leave(pool);
+    drop_entries(self);
+    pool_release_descriptors(pool);
+}
+
+/* ---- leases ---- */
+
+static LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, uint32_t weight, uint64_t begun_ns)
+{
+    LeaseObject *lease;
+#ifndef Py_GIL_DISABLED
+    if (SHM_LIKELY(self->spares != NULL)) {
+        lease = self->spares;
+        self->spares = lease->next;
+        self->spare_count--;
+        PyObject_Init((PyObject *)lease, lease_type);
+    } else
+#endif
+        lease = PyObject_New(LeaseObject, lease_type);
+    if (!lease)
+        return NULL;
+    lease->owner = (PoolObject *)Py_NewRef((PyObject *)self);
+    lease->claim = *claim;
+    lease->entry = &self->pool.entries[claim->slot];
+    lease->weight = weight;
+    lease->begun_ns = begun_ns;
+    lease->generation = self->pool.generation;
+    lease->id = lease->entry->connection;
+    lease->active = true;
+    return lease;
+}
+
+static struct slot_shm *lease_row(LeaseObject *lease) { return &lease->owner->pool.slab.slots[lease->claim.slot]; }
+
+/* Is the lease of this process and not given back? */
+static inline bool lease_is_ours(LeaseObject *lease)
+{
+    struct pool *pool = &lease->owner->pool;
+    return SHM_LIKELY(lease->active && pool_joined(pool) && lease->generation == pool->generation);
+}
+
+static PyObject *lease_refuse(LeaseObject *lease)
+{
+    bool forked = lease->active && !(pool_joined(&lease->owner->pool) &&
+                                     lease->generation == lease->owner->pool.generation);
+    bool taken = lease->active && !forked;
+    return expired(lease->id, forked  ? "it belongs to another process (a fork, or the pool was closed)"
+                                                     : taken ? "it was taken away"
+                                                             : "it was already given back");
+}
+
+/* May the lease be used? Also sees that it was taken away. */
+static inline bool lease_usable(LeaseObject *lease)
+{
+    if (SHM_LIKELY(lease_is_ours(lease) && slot_load(lease_row(lease)) == lease->claim.word))
+        return true;
+    lease_refuse(lease);
+    return false;
+}
+
+static bool run_hook(PyObject *hook, LeaseObject *lease)
+{
+    PyObject *result = PyObject_CallOneArg(hook, (PyObject *)lease);
+    Py_XDECREF(result);
+    return result != NULL;
+}
+
+/* The lease begins: figures, hook. NULL: the hook refused; the connection is retired. */
+static PyObject *lease_begin(PoolObject *self, LeaseObject *lease, uint64_t now)
+{
+    struct slot_shm *row = lease_row(lease);
+    SHM_STORE(row, row->leased_ns, now);
+    SHM_STORE(row, row->uses, SHM_LOAD(row, row->uses) + 1);
+    if (SHM_UNLIKELY(self->on_borrow != NULL) && !run_hook(self->on_borrow, lease)) {
+        if (lease->active && lease_is_ours(lease)) {
+            lease->active = false;
+            retire_leased(self, &lease->claim, SHM_T_closed_unhealthy);
+        }
+        Py_DECREF(lease);
+        return NULL;
+    }
+    return (PyObject *)lease;
+}
+
+/* End the lease by retiring its connection. */
+static bool lease_discard_as(LeaseObject *lease, unsigned reason)
+{
+    lease->active = false;
+    pool_count(&lease->owner->pool, SHM_W_errors, 1);
+    return retire_leased(lease->owner, &lease->claim, reason);
+}
+
+/* Put the socket's mode back; false when it is not fit for the next holder (or an exception is set). */
+static bool lease_restore(LeaseObject *lease)
+{
+    PyObject *result = PyObject_CallMethod((PyObject *)lease->owner, "_restore", "O", lease->entry->socket);
+    bool good = result == Py_True;
+    Py_XDECREF(result);
+    return good;
+}
+
+static void lease_time_use(LeaseObject *lease)
+{
+    if (lease->weight)
+        hist_add(&lease->owner->pool.row->use, clock_now() - lease->begun_ns, lease->weight);
+}
+
+/* The slow part of a release: something was changed, or somebody wants to know. False: done, perhaps with an exception. */
+static bool lease_prepare_return(LeaseObject *lease)
+{
+    if (!lease_usable(lease))
+        return false;
+    if (lease->owner->on_return && !run_hook(lease->owner->on_return, lease)) {
+        if (lease_is_ours(lease))
+            lease_discard_as(lease, SHM_T_closed_error);
+        return false;
+    }
+    if (!lease_is_ours(lease)) /* the hook gave it back */
+        return false;
+    if (*lease->entry->dirty && !lease_restore(lease)) {
+        bool stale = !lease_discard_as(lease, SHM_T_closed_dirty);
+        if (stale && !PyErr_Occurred())
+            lease_refuse(lease);
+        return false;
+    }
+    return true;
+}
+
+static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
+{
+    (void)unused;
+    PoolObject *self = lease->owner;
+    if (SHM_UNLIKELY(!lease_is_ours(lease)))
+        return lease_refuse(lease);
+    if (SHM_UNLIKELY(*lease->entry->dirty || self->on_return) && !lease_prepare_return(lease)) {
+        if (PyErr_Occurred())
+            return NULL;
+        Py_RETURN_NONE;
+    }
+    lease_time_use(lease);
+    lease->active = false;
+    switch (pool_release(&self->pool, &lease->claim, clock_coarse())) {
+    case RELEASED:
+        Py_RETURN_NONE;
+    case RELEASE_RETIRE:
+        retire_leased(self, &lease->claim,
+                      pool_is_open(&self->pool) ? SHM_T_closed_evicted : SHM_T_closed_shutdown);
+        Py_RETURN_NONE;
+    case RELEASE_STALE:
+        break;
+    }
+    return expired(lease->id, "it was taken away");
+}
+
+static PyObject *lease_discard(LeaseObject *lease, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    (void)args; /* the reason is for the reader of the code and, later, of the log */
+    if (count + (names ? PyTuple_GET_SIZE(names) : 0) > 1) {
+        PyErr_SetString(PyExc_TypeError, "discard() takes at most 1 argument (reason)");
+        return NULL;
+    }
+    if (!lease_is_ours(lease))
+        return lease_refuse(lease);
+    if (!lease_discard_as(lease, SHM_T_closed_error))
+        return expired(lease->id, "it was taken away");
+    Py_RETURN_NONE;
+}
+
+static PyObject *lease_enter(LeaseObject *lease, PyObject *unused)
+{
+    (void)unused;
+    if (SHM_UNLIKELY(!lease_is_ours(lease)))
+        return lease_refuse(lease);
+    return Py_NewRef((PyObject *)lease);
+}
+
+static PyObject *lease_exit(LeaseObject *lease, PyObject *const *args, Py_ssize_t count)
+{
+    if (SHM_UNLIKELY(!lease->active)) /* released or discarded inside the block */
+        Py_RETURN_NONE;
+    if (SHM_LIKELY(count == 0 || args[0] == Py_None))
+        return lease_release(lease, NULL);
+    /* An exception: the protocol's state is unknown. If the lease is not ours any more, the exception says enough. */
+    if (lease_is_ours(lease))
+        lease_discard_as(lease, SHM_T_closed_error);
+    Py_RETURN_NONE;
+}
+
+/* Dropped without release: take it back, retire it, say so. */
+static void lease_finalize(LeaseObject *lease)
+{
+    if (!lease->active || !lease_is_ours(lease))
+        return;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    lease->active = false;
+    if (retire_leased(lease->owner, &lease->claim, SHM_T_closed_leaked)) {
+        pool_count_total(&lease->owner->pool, SHM_T_leaks, 1);
+        if (PyErr_WarnFormat(PyExc_ResourceWarning, 1,
+                             "shmpool: the lease of connection %llu was dropped without release; the connection was "
+                             "retired. Use `with pool.get() as conn:` or call conn.release()", (unsigned long long)lease->id))
+            PyErr_WriteUnraisable((PyObject *)lease->owner);
+    }
+    PyErr_Restore(type, value, traceback);
+}
+
+static void lease_dealloc(LeaseObject *lease)
+{
+    PyTypeObject *type = Py_TYPE(lease);
+    PoolObject *owner = lease->owner;
+    if (SHM_UNLIKELY(lease->active) && PyObject_CallFinalizerFromDealloc((PyObject *)lease) < 0)
+        return; /* the code that the warning ran kept it */
+#ifndef Py_GIL_DISABLED
+    if (SHM_LIKELY(owner->spare_count < SPARE_LEASES)) {
+        lease->next = owner->spares;
+        owner->spares = lease;
+        owner->spare_count++;
+    } else
+#endif
+        PyObject_Free(lease);
+    Py_DECREF(type);
+    Py_DECREF((PyObject *)owner);
+}
+
+static PyObject *lease_get_socket(LeaseObject *lease, void *unused)
+{
+    (void)unused;
+    if (SHM_UNLIKELY(!lease_usable(lease)))
+        return NULL;
+    return Py_NewRef((PyObject *)lease->entry->socket);
+}
+
+static PyObject *lease_get_session(LeaseObject *lease, void *unused)
+{
+    (void)unused;
+    if (!lease_usable(lease))
+        return NULL;
+    PyObject *session = lease->entry->session;
+    return Py_NewRef(session ? session : Py_None);
+}
+
+static int lease_set_session(LeaseObject *lease, PyObject *value, void *unused)
+{
+    (void)unused;
+    if (!lease_usable(lease))
+        return -1;
+    PyObject *old = lease->entry->session;
+    lease->entry->session = value && value != Py_None ? Py_NewRef(value) : NULL;
+    Py_XDECREF(old);
+    return 0;
+}
+
+enum lease_field { FIELD_ID, FIELD_BUCKET, FIELD_PEER, FIELD_CREATED, FIELD_AGE, FIELD_USES, FIELD_NOTE };
+
+static PyObject *lease_peer(LeaseObject *lease, unsigned bucket)
+{
+    struct slot_shm *row = lease_row(lease);
+    uint64_t address[3];
+    for (int i = 0; i < 3; i++)
+        address[i] = SHM_LOAD(row, row->peer[i]);
+    return PyObject_CallMethod((PyObject *)lease->owner, "_peer", "Iy#O", bucket, (const char *)address,
+                               (Py_ssize_t)sizeof address, lease->entry->socket);
+}
+
+static PyObject *lease_get_field(LeaseObject *lease, void *which)
+{
+    if (!lease_usable(lease))
+        return NULL;
+    struct slot_shm *row = lease_row(lease);
+    unsigned bucket = kind_bucket(SHM_LOAD(row, row->kind));
+    switch ((enum lease_field)(intptr_t)which) {
+    case FIELD_ID:
+        return PyLong_FromUnsignedLongLong(SHM_LOAD(row, row->connection));
+    case FIELD_BUCKET:
+        return PyLong_FromUnsignedLong(bucket);
+    case FIELD_PEER:
+        return lease_peer(lease, bucket);
+    case FIELD_CREATED:
+        return PyFloat_FromDouble((double)SHM_LOAD(row, row->created_realtime_ns) / 1e9);
+    case FIELD_AGE:
+        return PyFloat_FromDouble((double)(clock_now() - SHM_LOAD(row, row->created_ns)) / 1e9);
+    case FIELD_USES:
+        return PyLong_FromUnsignedLongLong(SHM_LOAD(row, row->uses) - 1);
+    case FIELD_NOTE:
+        return Py_NewRef((PyObject *)lease->entry->note);
+    }
+    Py_UNREACHABLE();
+}
+
+static PyObject *lease_named_field(LeaseObject *lease, void *name)
+{
+    PyObject *bucket = lease_get_field(lease, (void *)FIELD_BUCKET);
+    PyObject *result = bucket ? PyObject_CallMethod((PyObject *)lease->owner, (const char *)name, "O", bucket) : NULL;
+    Py_XDECREF(bucket);
+    return result;
+}
+
+static PyObject *lease_repr(LeaseObject *lease)
+{
+    const char *state = lease_is_ours(lease) ? "leased" : "given back";
+    return PyUnicode_FromFormat("<shmpool.PooledConnection slot %u, %s>", (unsigned)lease->claim.slot, state);
+}
+
+#define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
+
+static PyMethodDef lease_methods[] = {
+    {"release", FASTCALL(lease_release), METH_NOARGS, PyDoc_STR("release() -> None. Give the connection back. See the stub.")},
+    {"discard", FASTCALL(lease_discard), METH_FASTCALL | METH_KEYWORDS,
+     PyDoc_STR("discard(reason='') -> None. Retire the connection instead of giving it back.")},
+    {"__enter__", FASTCALL(lease_enter), METH_NOARGS, NULL},
+    {"__exit__", FASTCALL(lease_exit), METH_FASTCALL, NULL},
+    {NULL},
+};
+
+#define FIELD(name, field, text) {name, (getter)lease_get_field, NULL, PyDoc_STR(text), (void *)(field)}
+static PyGetSetDef lease_getset[] = {
+    {"socket", (getter)lease_get_socket, NULL, PyDoc_STR("this process's socket.socket of the connection"), NULL},
+    {"session", (getter)lease_get_session, (setter)lease_set_session,
+     PyDoc_STR("any object of this process for this connection; None until set; dropped with the connection"), NULL},
+    FIELD("id", FIELD_ID, "number of the connection, unique in the pool"),
+    FIELD("peer", FIELD_PEER, "(host, port), or the path of a unix socket"),
+    FIELD("created_at", FIELD_CREATED, "when it was opened, time.time()"),
+    FIELD("age", FIELD_AGE, "seconds since it was opened"),
+    FIELD("reuse_count", FIELD_USES, "leases of this connection before this one"),
+    FIELD("metadata", FIELD_NOTE, "what dial returned beside the socket, b'' if nothing"),
+    {"protocol", (getter)lease_named_field, NULL, PyDoc_STR("Protocol"), (void *)"_protocol_of"},
+    {"ip_version", (getter)lease_named_field, NULL, PyDoc_STR("IPVersion, or None for unix"), (void *)"_ip_version_of"},
+    {NULL},
+};
+
+static PyType_Slot lease_slots[] = {
+    {Py_tp_dealloc, lease_dealloc}, {Py_tp_finalize, lease_finalize}, {Py_tp_repr, lease_repr},
+    {Py_tp_methods, lease_methods}, {Py_tp_getset, lease_getset},     {Py_tp_doc, (void *)PyDoc_STR("One lease of one connection; made by Pool.get().")},
+    {0, NULL},
+};
+static PyType_Spec lease_spec = {"shmpool.PooledConnection", sizeof(LeaseObject), 0,
+                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE, lease_slots};
+
+/* ---- get ---- */
+
+/* Register this process if a fork (or the first call) makes it necessary; false with an exception. */
+static bool ensure_joined(PoolObject *self)
+{
+    struct pool *pool = &self->pool;
+    if (!pool_joined(pool)) {
+        enum pool_verdict verdict;
+        Py_BEGIN_ALLOW_THREADS
+        verdict = pool_join(pool);
+        Py_END_ALLOW_THREADS
+        if (verdict == POOL_NO_WORKER)
+            return raise_error(self, "workers", 0, 0, 0) != NULL;
+        if (verdict != POOL_OK)
+            return PyErr_SetFromErrno(PyExc_OSError) != NULL;
+    }
+    forget_foreign_sessions(self);
+    return true;
+}
+
+static inline void count_hot(struct pool *pool, unsigned counter)
+{
+    a64_shm *word = &pool->row->counters[counter];
+#ifdef Py_GIL_DISABLED
+    SHM_ADD(count, *word, 1);
+#else
+    SHM_STORE(count, *word, SHM_LOAD(count, *word) + 1); /* the GIL makes this counter's writer one */
+#endif
+}
+
+static void count_source(struct pool *pool, enum pool_source source)
+{
+    static const unsigned counters[] = {[SOURCE_CACHE] = SHM_W_hits,
+                                        [SOURCE_FREELIST] = SHM_W_freelist,
+                                        [SOURCE_STEAL] = SHM_W_steals,
+                                        [SOURCE_OFFER] = SHM_W_handovers,
+                                        [SOURCE_DIAL] = SHM_W_dials};
+    count_hot(pool, counters[source]);
+}
+
+static unsigned condition_reason(enum pool_condition condition)
+{
+    static const unsigned reasons[] = {[CONDITION_BROKEN] = SHM_T_closed_broken,
+                                       [CONDITION_DIRTY] = SHM_T_closed_dirty,
+                                       [CONDITION_IDLE] = SHM_T_closed_idle,
+                                       [CONDITION_LIFETIME] = SHM_T_closed_lifetime};
+    return reasons[condition];
+}
+
+/* One call of get(), past the warm path. */
+struct request {
+    uint32_t mask;
+    bool may_wait;
+    uint64_t timeout_ns, begun_ns, deadline_ns;
+    uint32_t attempt;
+    struct waiter_place place;
+};
+
+/* A lease on an existing connection, LEASED by the claim. NULL without exception: it was unfit and is retired; search on. */
+static PyObject *lease_existing(PoolObject *self, struct pool_claim *claim, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    struct entry *entry = &pool->entries[claim->slot];
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    if (entry->connection != SHM_LOAD(row, row->connection)) {
+        int fetched = entry_fetch(self, claim->slot);
+        if (fetched <= 0) {
+            retire_leased(self, claim, SHM_T_closed_letter);
+            return NULL;
+        }
+    }
+    uint64_t now = clock_coarse();
+    enum pool_condition condition = pool_validate(pool, claim->slot, entry->fd, now);
+    if (condition != CONDITION_GOOD) {
+        retire_leased(self, claim, condition_reason(condition));
+        return NULL;
+    }
+    uint64_t got = clock_now();
+    LeaseObject *lease = lease_new(self, claim, 1, got);
+    if (!lease) {
+        retire_leased(self, claim, SHM_T_closed_error);
+        return NULL;
+    }
+    count_source(pool, claim->source);
+    hist_add(&pool->row->get, got - request->begun_ns, 1);
+    return lease_begin(self, lease, now);
+}
+
+/* Fill entry and row from what _dial returned; false with an exception. */
+static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyObject *dialled)
+{
+    struct pool *pool = &self->pool;
+    PyObject *socket, *mark, *note;
+    const char *address;
+    Py_ssize_t address_size;
+    int fd, private, mailed;
+    unsigned bucket;
+    double lifetime;
+    if (!PyArg_ParseTuple(dialled, "OO!iIppdy#S:_dial", &socket, &PyByteArray_Type, &mark, &fd, &bucket,
+                          &private, &mailed, &lifetime, &address, &address_size, &note))
+        return false;
+    struct pool_birth birth = {.bucket = bucket, .flags = private ? SHM_KIND_PRIVATE : 0};
+    memcpy(birth.peer, address, (size_t)address_size < sizeof birth.peer ? (size_t)address_size : sizeof birth.peer);
+    birth.expires_ns = lifetime > 9e9 ? NEVER : clock_now() + (uint64_t)(lifetime * 1e9);
+    if (!mailed && mailbox_deposit(pool->mailboxes[claim->slot], pool->slab.header->id, claim->slot, id, fd,
+                                   PyBytes_AS_STRING(note), (size_t)PyBytes_GET_SIZE(note)))
+        birth.flags |= SHM_KIND_PRIVATE | SHM_KIND_UNMAILED;
+    struct entry *entry = &pool->entries[claim->slot];
+    struct parts old = entry_take(entry);
+    entry->socket = Py_NewRef(socket);
+    entry->note = Py_NewRef(note);
+    entry->dirty = private ? always_dirty : PyByteArray_AS_STRING(mark);
+    entry->fd = fd;
+    entry->connection = id;
+    bool installed = pool_install(pool, claim, &birth);
+    parts_drop_session(&old);
+    parts_close(&old);
+    if (!installed)
+        PyErr_SetString(PyExc_RuntimeError, "shmpool: the slot of a dial was taken away; this is a bug");
+    return installed;
+}
+
+/* Did a fork happen since `generation` (in a signal handler, in dial)? Then nothing we held is ours. */
+static bool forked_since(PoolObject *self, uint32_t generation)
+{
+    return !pool_joined(&self->pool) || self->pool.generation != generation;
+}
+
+/* Open a connection on the DIALING claim. NULL with an exception, or without one: search on. */
+static PyObject *lease_dialled(PoolObject *self, struct pool_claim *claim, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    uint32_t generation = pool->generation;
+    uint64_t id = pool_name_connection(pool, claim), begun = clock_now();
+    double left = request->deadline_ns == NEVER ? Py_HUGE_VAL
+                  : request->deadline_ns > begun ? (double)(request->deadline_ns - begun) / 1e9
+                                                 : 0.0;
+    PyObject *dialled = PyObject_CallMethod((PyObject *)self, "_dial", "IdIKd", (unsigned)request->mask, left,
+                                            (unsigned)claim->slot, (unsigned long long)id,
+                                            (double)(begun - request->begun_ns) / 1e9);
+    if (SHM_UNLIKELY(forked_since(self, generation))) {
+        Py_XDECREF(dialled); /* our copy goes; the parent goes on with its own */
+        return NULL;
+    }
+    uint64_t done = clock_now();
+    hist_add(&pool->slab.totals->dial, done - begun, 1);
+    if (!dialled || !install(self, claim, id, dialled)) {
+        Py_XDECREF(dialled);
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        pool_abandon(pool, claim);
+        pool_count(pool, PyErr_GivenExceptionMatches(type, PyExc_ConnectionError) ? SHM_W_dial_errors
+                         : PyErr_GivenExceptionMatches(type, PyExc_TimeoutError) ? SHM_W_timeouts
+                                                                                 : SHM_W_interrupted, 1);
+        PyErr_Restore(type, value, traceback);
+        return NULL;
+    }
+    Py_DECREF(dialled);
+    LeaseObject *lease = lease_new(self, claim, 1, done);
+    if (!lease) {
+        retire_leased(self, claim, SHM_T_closed_error);
+        return NULL;
+    }
+    count_source(pool, SOURCE_DIAL);
+    hist_add(&pool->row->get, done - request->begun_ns, 1);
+    return lease_begin(self, lease, clock_coarse());
+}
+
+/* Leave the queue, giving back what was promised meanwhile (unless it is what we took). */
+static void leave_queue(PoolObject *self, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    uint64_t waited = clock_now() - request->place.since_ns;
+    pool_return_promise(pool, waiter_leave(&pool->slab, &request->place));
+    pool_count(pool, SHM_W_wait_ns, waited);
+    hist_add(&pool->slab.totals->wait, waited, 1);
+}
+
+/* Nothing is free. Join the queue, or sleep in it. False with an exception. */
+static bool wait_turn(PoolObject *self, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    uint64_t now = clock_now();
+    if (!request->may_wait || now >= request->deadline_ns) {
+        pool_count(pool, request->may_wait ? SHM_W_timeouts : SHM_W_exhausted, 1);
+        raise_error(self, request->may_wait ? "timeout" : "exhausted", request->mask, now - request->begun_ns,
+                    request->timeout_ns);
+        return false;
+    }
+    if (!request->place.queued) {
+        pool_count(pool, SHM_W_waits, 1);
+        if (waiter_enter(&pool->slab, &request->place, pool->worker, request->mask, (uint32_t)gettid(), now))
+            return true; /* look once more, now that everybody can see that we wait */
+        pool_count(pool, SHM_W_exhausted, 1);
+        raise_error(self, "waiters", request->mask, now - request->begun_ns, request->timeout_ns);
+        return false;
+    }
+    uint64_t slice = request->deadline_ns - now < WAITER_SLICE_NS ? request->deadline_ns - now : WAITER_SLICE_NS;
+    Py_BEGIN_ALLOW_THREADS
+    waiter_sleep(&pool->slab, &request->place, slice);
+    Py_END_ALLOW_THREADS
+    if (PyErr_CheckSignals()) {
+        if (pool_joined(pool))
+            pool_count(pool, SHM_W_interrupted, 1);
+        return false;
+    }
+    if (pool_joined(pool)) {
+        if (clock_now() - now >= WAITER_SLICE_NS)
+            waiter_rematch(&pool->slab, &request->place);
+        waiter_prepare(&pool->slab, &request->place);
+    }
+    return true;
+}
+
+/* One look at everything. A lease; or NULL with an exception; or NULL without: look again. */
+static PyObject *look(PoolObject *self, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    struct pool_claim claim;
+    switch (pool_take(pool, request->mask, &request->place, &claim)) {
+    case TAKEN_LEASED:
+        return lease_existing(self, &claim, request);
+    case TAKEN_DIAL:
+        return lease_dialled(self, &claim, request);
+    case TAKEN_EVICTED:
+        retire_condemned(self, &claim, SHM_T_closed_evicted);
+        return NULL;
+    case TAKEN_RECOVER:
+        Py_BEGIN_ALLOW_THREADS
+        recovery_run(pool, false);
+        Py_END_ALLOW_THREADS
+        return NULL;
+    case TAKEN_NOTHING:
+        wait_turn(self, request);
+        return NULL;
+    case TAKEN_CLOSED:
+        pool_count(pool, SHM_W_refused, 1);
+        return raise_error(self, "closed", request->mask, 0, 0);
+    case TAKEN_DAMAGED:
+        return raise_error(self, "damaged", request->mask, 0, 0);
+    }
+    Py_UNREACHABLE();
+}
+
+static PyObject *get_slow(PoolObject *self, uint32_t mask, uint64_t timeout_ns, bool may_wait)
+{
+    struct pool *pool = &self->pool;
+    struct request request = {.mask = mask, .may_wait = may_wait, .timeout_ns = timeout_ns, .begun_ns = clock_now()};
+    request.deadline_ns = timeout_ns >= NEVER - request.begun_ns ? NEVER : request.begun_ns + timeout_ns;
+    PyObject *lease = NULL;
+    while (!lease && !PyErr_Occurred()) {
+        if (!self->made || self->finished || !pool_joined(pool) || self->generation != pool->generation) {
+            request.place.queued = false; /* after a fork the place is the parent's; after finish() it is gone */
+            if (!self->made || self->finished || !pool_is_open(pool)) {
+                finish(self);
+                return raise_error(self, "closed", mask, 0, 0);
+            }
+            if (!ensure_joined(self))
+                return NULL;
+        }
+        lease = look(self, &request);
+    }
+    if (request.place.queued && !forked_since(self, self->generation))
+        leave_queue(self, &request);
+    if (!pool_is_open(pool))
+        finish(self);
+    return lease;
+}
+
+static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t timeout_ns, bool may_wait)
+{
+    struct pool *pool = &self->pool;
+    struct pool_claim claim;
+    if (SHM_UNLIKELY(!self->made || !pool_is_open(pool) || !pool_joined(pool) || self->generation != pool->generation))
+        return get_slow(self, mask, timeout_ns, may_wait);
+    uint64_t now = clock_coarse(), begun = 0;
+    uint32_t weight = pool->options.stats ? pool_timing_due(pool, now) : 0;
+    if (SHM_UNLIKELY(weight))
+        begun = clock_now();
+    if (SHM_UNLIKELY(!pool_take_cached(pool, mask, &claim))) {
+        pool_timing_undo(pool, weight);
+        return get_slow(self, mask, timeout_ns, may_wait);
+    }
+    struct entry *entry = &pool->entries[claim.slot];
+    struct slot_shm *row = &pool->slab.slots[claim.slot];
+    if (SHM_UNLIKELY(entry->connection != SHM_LOAD(row, row->connection) ||
+                     pool_validate(pool, claim.slot, entry->fd, now) != CONDITION_GOOD)) {
+        struct request request = {.mask = mask, .begun_ns = clock_now()};
+        PyObject *lease = lease_existing(self, &claim, &request); /* says once more what is wrong with it */
+        return lease || PyErr_Occurred() ? lease : get_slow(self, mask, timeout_ns, may_wait);
+    }
+    uint64_t got = 0;
+    if (SHM_UNLIKELY(weight)) {
+        got = clock_now();
+        hist_add(&pool->row->get, got - begun, weight);
+    }
+    count_hot(pool, SHM_W_hits);
+    LeaseObject *lease = lease_new(self, &claim, weight, got);
+    if (SHM_UNLIKELY(!lease)) {
+        retire_leased(self, &claim, SHM_T_closed_error);
+        return NULL;
+    }
+    return lease_begin(self, lease, now);
+}
+
+/* The mask for protocol and ip_version, from Python; 0 with an exception. */
+static uint32_t wanted_mask(PoolObject *self, PyObject *protocol, PyObject *ip_version)
+{
+    if ((!protocol || protocol == Py_None) && (!ip_version || ip_version == Py_None))
+        return self->mask;
+    PyObject *mask = PyObject_CallMethod((PyObject *)self, "_mask", "OO", protocol ? protocol : Py_None,
+                                         ip_version ? ip_version : Py_None);
+    if (!mask)
+        return 0;
+    uint32_t value = (uint32_t)PyLong_AsUnsignedLong(mask);
+    Py_DECREF(mask);
+    return PyErr_Occurred() ? 0 : value;
+}
+
+static PyObject *get_with(PoolObject *self, PyObject *timeout, PyObject *protocol, PyObject *ip_version, bool may_wait)
+{
+    uint64_t timeout_ns = self->default_timeout_ns;
+    if (timeout && timeout != Py_None && !seconds_ns(timeout, "timeout", &timeout_ns))
+        return NULL;
+    uint32_t mask = wanted_mask(self, protocol, ip_version);
+    return mask ? get_lease(self, mask, timeout_ns, may_wait) : NULL;
+}
+
+static PyObject *pool_get(PoolObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    static const char *const known[] = {"timeout", "protocol", "ip_version"};
+    if (SHM_LIKELY(count == 0 && !names))
+        return get_lease(self, self->mask, self->default_timeout_ns, true);
+    PyObject *values[3] = {NULL, NULL, NULL};
+    if (count > 3)
+        return PyErr_Format(PyExc_TypeError, "get() takes at most 3 arguments (%zd given)", count);
+    for (Py_ssize_t i = 0; i < count; i++)
+        values[i] = args[i];
+    for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(names, i);
+        int at = 0;
+        while (at < 3 && PyUnicode_CompareWithASCIIString(name, known[at]))
+            at++;
+        if (at == 3 || values[at])
+            return PyErr_Format(PyExc_TypeError, "get() got %s argument %R", at == 3 ? "an unexpected" : "a repeated", name);
+        values[at] = args[count + i];
+    }
+    return get_with(self, values[0], values[1], values[2], true);
+}
+
+static PyObject *pool_try_get(PoolObject *self, PyObject *args, PyObject *names)
+{
+    static char *known[] = {"protocol", "ip_version", NULL};
+    PyObject *protocol = NULL, *ip_version = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, names, "|OO:try_get", known, &protocol, &ip_version))
+        return NULL;
+    return get_with(self, NULL, protocol, ip_version, false);
+}
+
+/* ---- snapshots: the slab as Python objects, for whoever looks; works on a read-only mapping ---- */
+
+static PyObject *hist_list(struct hist_shm *hist)
+{
+    PyObject *list = PyList_New(0);
+    for (uint32_t bucket = 0; list && bucket < SHM_HIST_BUCKETS; bucket++) {
+        unsigned long long count = SHM_LOAD(count, hist->buckets[bucket]);
+        if (!count)
+            continue;
+        PyObject *row = Py_BuildValue("KKK", (unsigned long long)hist_lower(bucket),
+                                      (unsigned long long)hist_lower(bucket + 1), count);
+        if (!row || PyList_Append(list, row))
+            Py_CLEAR(list);
+        Py_XDECREF(row);
+    }
+    return list;
+}
+
+/* {name: value} of a block of counters; `names` stands in the order of the enum */
+static PyObject *counter_dict(a64_shm *counters, const char *const *names, size_t count)
+{
+    PyObject *dict = PyDict_New();
+    for (size_t i = 0; dict && i < count; i++) {
+        PyObject *value = PyLong_FromUnsignedLongLong(SHM_LOAD(count, counters[i]));
+        if (!value || PyDict_SetItemString(dict, names[i], value))
+            Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    return dict;
+}
+
+#define COUNTER_NAME(name, text) #name,
+static const char *const worker_counter_names[] = {SHM_WORKER_COUNTERS(COUNTER_NAME)};
+static const char *const total_counter_names[] = {SHM_TOTAL_COUNTERS(COUNTER_NAME)};
+
+/* One slot; the row is read between two equal words, so that it belongs to one moment, or after a few tries as it is. */
+static PyObject *slot_tuple(struct slab *slab, uint32_t index)
+{
+    struct slot_shm *row = &slab->slots[index];
+    uint64_t word = 0, fields[6], peer[3];
+    uint32_t kind = 0;
+    for (int tries = 0; tries < 4; tries++) {
+        word = slot_load(row);
+        a64_shm *const from[] = {&row->connection, &row->created_ns, &row->last_used_ns, &row->leased_ns, &row->uses,
+                                 &row->created_realtime_ns};
+        for (int i = 0; i < 6; i++)
+            fields[i] = SHM_LOAD(row, *from[i]);
+        for (int i = 0; i < 3; i++)
+            peer[i] = SHM_LOAD(row, row->peer[i]);
+        kind = SHM_LOAD(row, row->kind);
+        atomic_thread_fence(memory_order_acquire);
+        if (slot_load(row) == word)
+            break;
+    }
+    return Py_BuildValue("IsiKIy#KKKKI", index, slot_state_name(slot_state(word)), (int)slot_owner(word) - 1,
+                         (unsigned long long)fields[0], kind_bucket(kind), (const char *)peer, (Py_ssize_t)sizeof peer,
+                         (unsigned long long)fields[1], (unsigned long long)fields[2], (unsigned long long)fields[3],
+                         (unsigned long long)fields[4], kind >> 8);
+}
+
+static PyObject *slot_list(struct slab *slab)
+{
+    PyObject *list = PyList_New(slab->layout.max_slots);
+    for (uint32_t i = 0; list && i < slab->layout.max_slots; i++) {
+        PyObject *row = slot_tuple(slab, i);
+        if (row)
+            PyList_SET_ITEM(list, i, row);
+        else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+/* `fd` tells who is alive; -1 (cannot tell) counts as alive. */
+static PyObject *worker_list(struct slab *slab, int fd)
+{
+    PyObject *list = PyList_New(0);
+    for (uint32_t i = 0; list && i < slab->layout.max_workers; i++) {
+        struct worker_shm *row = &slab->workers[i];
+        if (!SHM_LOAD(hint, row->generation))
+            continue;
+        bool active = SHM_LOAD_ACQUIRE(worker, row->state) == SHM_WORKER_ACTIVE;
+        bool alive = active && (fd < 0 || byte_is_locked(fd, i));
+        PyObject *tuple = Py_BuildValue(
+            "IINKKNNN", i, SHM_LOAD(hint, row->pid), PyBool_FromLong(alive), (unsigned long long)SHM_LOAD(hint, row->started_ns),
+            (unsigned long long)SHM_LOAD(hint, row->generation), counter_dict(row->counters, worker_counter_names, SHM_W_COUNT),
+            hist_list(&row->get), hist_list(&row->use));
+        if (!tuple || PyList_Append(list, tuple))
+            Py_CLEAR(list);
+        Py_XDECREF(tuple);
+    }
+    return list;
+}
+
+static PyObject *waiter_list(struct slab *slab)
+{
+    PyObject *list = PyList_New(0);
+    for (uint32_t i = 0; list && i < slab->layout.max_waiters; i++) {
+        uint64_t word = SHM_LOAD_SEQ(queue, slab->waiter_words[i]);
+        if (waiter_state(word) != WAITER_WAITING && waiter_state(word) != WAITER_MATCHED)
+            continue;
+        PyObject *tuple = Py_BuildValue("IiIIKs", i, (int)waiter_owner(word) - 1, SHM_LOAD(hint, slab->waiters[i].tid),
+                                        waiter_mask(word), (unsigned long long)SHM_LOAD(hint, slab->waiters[i].since_ns),
+                                        waiter_state(word) == WAITER_WAITING ? "waiting" : "matched");
+        if (!tuple || PyList_Append(list, tuple))
+            Py_CLEAR(list);
+        Py_XDECREF(tuple);
+    }
+    return list;
+}
+
+static PyObject *snapshot_build(struct slab *slab, int fd)
+{
+    struct header_shm *header = slab->header;
+    bool open = SHM_LOAD(hint, header->state) == SHM_POOL_OPEN;
+    return Py_BuildValue(
+        "{sssssssIsIsdsKsssIsIsIsKsK sN sN s(sssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
+        header->target, "config", header->config, "uid", header->creator_uid, "creator_pid", header->creator_pid, "created_at",
+        (double)header->created_realtime_ns / 1e9, "now", (unsigned long long)clock_now(), "state", open ? "open" : "closed",
+        "max_connections", header->max_slots, "max_workers", header->max_workers, "max_waiters", header->max_waiters, "size",
+        (unsigned long long)header->total_size, "retired", (unsigned long long)SHM_LOAD(hint, header->retired), "totals",
+        counter_dict(slab->totals->counters, total_counter_names, SHM_T_COUNT), "slots", slot_list(slab), "slot_fields",
+        "index", "state", "owner", "id", "bucket", "peer", "created_ns", "last_used_ns", "leased_ns", "uses", "flags",
+        "workers", worker_list(slab, fd), "worker_fields", "index", "pid", "alive", "started_ns", "generation", "counters",
+        "get_hist", "use_hist", "waiters", waiter_list(slab), "waiter_fields", "index", "worker", "tid", "mask", "since_ns",
+        "state", "wait_hist", hist_list(&slab->totals->wait), "dial_hist", hist_list(&slab->totals->dial));
+}
+
+/* ---- SlabView ---- */
+
+typedef struct {
+    PyObject_HEAD
+    struct slab slab;
+    int fd;
+} ViewObject;
+
+/* SlabView(fd): map the segment of `fd` read-only and check it. The view keeps a duplicate of the descriptor. */
+static int view_init(ViewObject *self, PyObject *args, PyObject *names)
+{
+    static char *known[] = {"fd", NULL};
+    int fd;
+    struct stat status;
+    if (!PyArg_ParseTupleAndKeywords(args, names, "i:SlabView", known, &fd))
+        return -1;
+    if (self->slab.header) {
+        PyErr_SetString(PyExc_RuntimeError, "a SlabView is opened once");
+        return -1;
+    }
+    if (fstat(fd, &status)) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    size_t size = (size_t)status.st_size;
+    enum slab_verdict verdict = SLAB_TOO_SMALL;
+    if (size >= SHM_HEADER_BYTES) {
+        void *base = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+        if (base == MAP_FAILED) {
+            PyErr_SetFromErrno(PyExc_OSError);
+            return -1;
+        }
+        verdict = slab_open(&self->slab, base, size);
+        if (verdict != SLAB_OK) {
+            munmap(base, size);
+            self->slab.header = NULL;
+        }
+    }
+    if (verdict != SLAB_OK) { /* (what is wrong, whether it is a matter of versions) */
+        PyObject *evidence = Py_BuildValue("sN", slab_verdict_text(verdict), PyBool_FromLong(verdict == SLAB_FOREIGN_VERSION ||
+                                                                                             verdict == SLAB_FOREIGN_FORMAT));
+        if (evidence)
+            PyErr_SetObject(PyExc_ValueError, evidence);
+        Py_XDECREF(evidence);
+        return -1;
+    }
+    self->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    return 0;
+}
+
+static PyObject *view_snapshot(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    struct stat status;
+    if (!self->slab.header)
+        return PyErr_Format(PyExc_ValueError, "the view is closed");
+    if (fstat(self->fd, &status) || (uint64_t)status.st_size < self->slab.layout.total_size) /* cut: reading would SIGBUS */
+        return PyErr_Format(PyExc_ValueError, "the segment was cut to %lld bytes", (long long)status.st_size);
+    return snapshot_build(&self->slab, self->fd);
+}
+
+/* in_use() -> bool: does any process still hold this slab? */
+static PyObject *view_in_use(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(self->slab.header && byte_is_locked(self->fd, SHM_FAMILY_BYTE));
+}
+
+static PyObject *view_close(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (self->slab.header) {
+        munmap(self->slab.header, self->slab.layout.total_size);
+        close(self->fd);
+        self->slab.header = NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static void view_dealloc(ViewObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF(view_close(self, NULL));
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef view_methods[] = {
+    {"snapshot", FASTCALL(view_snapshot), METH_NOARGS, PyDoc_STR("snapshot() -> dict")},
+    {"in_use", FASTCALL(view_in_use), METH_NOARGS, PyDoc_STR("in_use() -> bool: does any process still hold the slab?")},
+    {"close", FASTCALL(view_close), METH_NOARGS, PyDoc_STR("close() -> None")},
+    {NULL},
+};
+static PyType_Slot view_slots[] = {
+    {Py_tp_init, view_init},
+    {Py_tp_dealloc, view_dealloc},
+    {Py_tp_methods, view_methods},
+    {Py_tp_doc, (void *)PyDoc_STR("SlabView(fd): a read-only look at a slab; ValueError((why, is_version)) when it is none.")},
+    {0, NULL},
+};
+static PyType_Spec view_spec = {"shmpool._core.SlabView", sizeof(ViewObject), 0, Py_TPFLAGS_DEFAULT, view_slots};
+
+/* ---- the other methods of PoolBase ---- */
+
+static PyObject *pool_create_(PoolObject *self, PyObject *args)
+{
+    unsigned slots, workers, waiters, cache, uid, udp_packets, mask;
+    int fd, clear_udp, stats;
+    const char *id, *name, *target, *config;
+    Py_ssize_t id_size;
+    double created, bypass, idle, udp_timeout;
+    PyObject *timeout, *on_borrow, *on_return;
+    if (!PyArg_ParseTuple(args, "i(III)(y#dIsss)(IddpdIp)OIOO", &fd, &slots, &workers, &waiters, &id, &id_size, &created, &uid,
+                          &name, &target, &config, &cache, &bypass, &idle, &clear_udp, &udp_timeout, &udp_packets, &stats,
+                          &timeout, &mask, &on_borrow, &on_return))
+        return NULL;
+    struct slab_layout layout;
+    uint64_t timeout_ns;
+    if (self->made || id_size != 16 || cache > LOCAL_CACHE_MAX || !mask || mask > WAITER_ANY_BUCKET ||
+        !slab_layout(&layout, slots, workers, waiters) || !seconds_ns(timeout, "get_timeout", &timeout_ns)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "_create: a capacity is out of range");
+        return NULL;
+    }
+    struct slab_identity who = {(const uint8_t *)id, (uint64_t)(created * 1e9), uid, (uint32_t)getpid(), name, target, config};
+    struct pool_options options = {cache, bypass > 9e9 ? NEVER : (uint64_t)(bypass * 1e9), idle > 9e9 ? NEVER : (uint64_t)(idle * 1e9),
+                                   (uint64_t)(udp_timeout * 1e9), udp_packets, clear_udp != 0, stats != 0};
+    self->mask = mask;
+    self->default_timeout_ns = timeout_ns;
+    self->on_borrow = on_borrow == Py_None ? NULL : Py_NewRef(on_borrow);
+    self->on_return = on_return == Py_None ? NULL : Py_NewRef(on_return);
+    if (pool_create(&self->pool, fd, &layout, &who, &options) != POOL_OK) {
+        self->pool.slab_fd = -1; /* the caller's again */
+        pool_free(&self->pool);
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    self->made = true;
+    for (uint32_t slot = 0; slot < slots; slot++)
+        entry_take(&self->pool.entries[slot]);
+    self->generation = self->pool.generation;
+    Py_RETURN_NONE;
+}
+
+static bool check_made(PoolObject *self)
+{
+    if (!self->made)
+        PyErr_SetString(PyExc_RuntimeError, "the pool was not created");
+    return self->made;
+}
+
+/* _mail(slot, id, fd) -> bool: put the descriptor of a connection that is being dialled into the slot's mailbox, in place of an
+ * earlier one, so that recovery can end it if this process dies before the dial is done. */
+static PyObject *pool_mail(PoolObject *self, PyObject *args)
+{
+    unsigned slot;
+    unsigned long long id;
+    int fd;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "IKi", &slot, &id, &fd))
+        return NULL;
+    struct pool *pool = &self->pool;
+    if (slot >= pool->slab.layout.max_slots || !pool_joined(pool))
+        Py_RETURN_FALSE;
+    uint64_t word = slot_load(&pool->slab.slots[slot]);
+    if (slot_state(word) != SLOT_DIALING || slot_owner(word) != pool->worker ||
+        SHM_LOAD(row, pool->slab.slots[slot].connection) != id)
+        Py_RETURN_FALSE;
+    mailbox_drain(pool->mailboxes[slot]);
+    return PyBool_FromLong(mailbox_deposit(pool->mailboxes[slot], pool->slab.header->id, slot, id, fd, NULL, 0) == 0);
+}
+
+/* _recover() -> int: look for dead workers now; slots freed. */
+static PyObject *pool_recover(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    uint32_t freed;
+    if (!check_made(self) || !pool_is_open(&self->pool))
+        return check_made(self) ? PyLong_FromLong(0) : NULL;
+    if (!ensure_joined(self))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    freed = recovery_run(&self->pool, true);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromUnsignedLong(freed);
+}
+
+/* Retire every idle connection that `fits`; returns how many, or -1 with an exception. */
+static int64_t retire_idle(PoolObject *self, unsigned reason, bool (*fits)(struct pool *, uint32_t))
+{
+    struct pool *pool = &self->pool;
+    uint32_t count = pool->slab.layout.max_slots, found = 0;
+    struct pool_claim *claims = PyMem_Calloc(count, sizeof *claims);
+    struct parts *parts = PyMem_Calloc(count, sizeof *parts);
+    int *fds = PyMem_Calloc(count, sizeof *fds);
+    if (!claims || !parts || !fds) {
+        PyErr_NoMemory();
+        found = UINT32_MAX;
+    } else {
+        for (uint32_t slot = 0; slot < count; slot++) {
+            uint64_t word = slot_load(&pool->slab.slots[slot]);
+            claims[found] = (struct pool_claim){.slot = slot, .word = word};
+            if ((slot_state(word) != SLOT_IDLE && slot_state(word) != SLOT_OFFERED) || !fits(pool, slot) ||
+                !pool_condemn(pool, &claims[found]))
+                continue;
+            struct entry *entry = &pool->entries[slot];
+            fds[found] = entry->connection == SHM_LOAD(row, pool->slab.slots[slot].connection) ? entry->fd : -1;
+            parts[found] = entry_take(entry);
+            parts_drop_session(&parts[found++]);
+        }
+        Py_BEGIN_ALLOW_THREADS
+        pool_retire_many(pool, claims, fds, found, reason);
+        Py_END_ALLOW_THREADS
+        for (uint32_t i = 0; i < found; i++)
+            parts_close(&parts[i]);
+    }
+    PyMem_Free(claims);
+    PyMem_Free(parts);
+    PyMem_Free(fds);
+    return found == UINT32_MAX ? -1 : (int64_t)found;
+}
+
+static bool any_fits(struct pool *pool, uint32_t slot)
+{
+    (void)pool, (void)slot;
+    return true;
+}
+
+static bool is_too_old(struct pool *pool, uint32_t slot)
+{
+    return SHM_LOAD(row, pool->slab.slots[slot].expires_ns) <= clock_coarse();
+}
+
+static bool is_idle_too_long(struct pool *pool, uint32_t slot)
+{
+    uint64_t now = clock_coarse(), used = SHM_LOAD(row, pool->slab.slots[slot].last_used_ns);
+    return now > used && now - used > pool->options.idle_timeout_ns;
+}
+
+/* _expire() -> int: retire idle connections past their lifetime or idle time. */
+static PyObject *pool_expire(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (!check_made(self) || !pool_is_open(&self->pool))
+        return check_made(self) ? PyLong_FromLong(0) : NULL;
+    if (!ensure_joined(self))
+        return NULL;
+    int64_t old = retire_idle(self, SHM_T_closed_lifetime, is_too_old);
+    int64_t idle = old < 0 ? -1 : retire_idle(self, SHM_T_closed_idle, is_idle_too_long);
+    return idle < 0 ? NULL : PyLong_FromLongLong(old + idle);
+}
+
+/* _close_stale() -> int: close this process's copies of connections that have ended. */
+static PyObject *pool_close_stale(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (!check_made(self) || self->finished)
+        return check_made(self) ? PyLong_FromLong(0) : NULL;
+    if (!ensure_joined(self))
+        return NULL;
+    struct pool *pool = &self->pool;
+    long closed = 0;
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        struct slot_shm *row = &pool->slab.slots[slot];
+        uint64_t word = slot_load(row);
+        if (!pool->entries[slot].connection || pool->entries[slot].connection == SHM_LOAD(row, row->connection) ||
+            (slot_state(word) != SLOT_IDLE && slot_owner(word) == pool->worker))
+            continue; /* ours to the connection's end, or in a thread's hands here */
+        struct parts parts = entry_take(&pool->entries[slot]);
+        parts_drop_session(&parts);
+        parts_close(&parts);
+        closed++;
+    }
+    return PyLong_FromLong(closed);
+}
+
+/* _shut() -> int: close the pool for all processes, retire what is idle; number retired. */
+static PyObject *pool_shut_(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (!check_made(self))
+        return NULL;
+    struct pool *pool = &self->pool;
+    if (self->finished)
+        return PyLong_FromLong(0);
+    if (!ensure_joined(self))
+        return NULL;
+    pool_shut(pool);
+    Py_BEGIN_ALLOW_THREADS
+    recovery_run(pool, true);
+    Py_END_ALLOW_THREADS
+    int64_t retired = retire_idle(self, SHM_T_closed_shutdown, any_fits);
+    return retired < 0 ? NULL : PyLong_FromLongLong(retired);
+}
+
+/* _finish() -> bool: give this process's part back if it holds no lease; whether it is done. */
+static PyObject *pool_finish(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (!check_made(self))
+        return NULL;
+    finish(self);
+    return PyBool_FromLong(self->finished);
+}
+
+/* _leave() -> None: this process takes no further part; the pool lives on for the others. */
+static PyObject *pool_leave_(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (self->made && !self->finished) {
+        self->finished = true;
+        forget_foreign_sessions(self);
+        Py_BEGIN_ALLOW_THREADS
+        pool_leave(&self->pool);
+        Py_END_ALLOW_THREADS
+        drop_entries(self);
+        pool_release_descriptors(&self->pool);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *pool_is_open_(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(self->made && !self->finished && pool_is_open(&self->pool));
+}
+
+/* _counts() -> {state: slots in it} */
+static PyObject *pool_counts(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    unsigned long counts[SLOT_STATE_COUNT] = {0};
+    if (!check_made(self))
+        return NULL;
+    for (uint32_t slot = 0; slot < self->pool.slab.layout.max_slots; slot++) {
+        unsigned state = slot_state(slot_load(&self->pool.slab.slots[slot]));
+        counts[state < SLOT_STATE_COUNT ? state : SLOT_INVALID]++;
+    }
+    PyObject *dict = PyDict_New();
+    for (unsigned state = SLOT_EMPTY; dict && state < SLOT_STATE_COUNT; state++) {
+        PyObject *value = PyLong_FromUnsignedLong(counts[state]);
+        if (!value || PyDict_SetItemString(dict, slot_state_name(state), value))
+            Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    return dict;
+}
+
+/* _open(mask) -> PooledConnection or None: a new connection, if a slot is empty. */
+static PyObject *pool_open_(PoolObject *self, PyObject *args)
+{
+    struct request request = {.begun_ns = clock_now(), .deadline_ns = NEVER};
+    struct pool_claim claim;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "I", &request.mask))
+        return NULL;
+    if (self->finished || !pool_is_open(&self->pool))
+        return raise_error(self, "closed", request.mask, 0, 0);
+    if (!ensure_joined(self))
+        return NULL;
+    if (!pool_take_empty(&self->pool, &claim))
+        Py_RETURN_NONE;
+    PyObject *lease = lease_dialled(self, &claim, &request);
+    return lease || PyErr_Occurred() ? lease : Py_NewRef(Py_None);
+}
+
+static PyObject *pool_snapshot(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    return check_made(self) ? snapshot_build(&self->pool.slab, self->pool.slab_fd) : NULL;
+}
+
+static int pool_traverse(PoolObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->on_borrow);
+    Py_VISIT(self->on_return);
+    for (uint32_t slot = 0; self->made && slot < self->pool.slab.layout.max_slots; slot++) {
+        Py_VISIT((PyObject *)self->pool.entries[slot].socket);
+        Py_VISIT((PyObject *)self->pool.entries[slot].session);
+    }
+    return 0;
+}
+
+static int pool_clear(PoolObject *self)
+{
+    Py_CLEAR(self->on_borrow);
+    Py_CLEAR(self->on_return);
+    return 0;
+}
+
+static void pool_dealloc(PoolObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    if (self->made) {
+        Py_XDECREF(pool_leave_(self, NULL));
+        pool_free(&self->pool);
+    }
+    pool_clear(self);
+#ifndef Py_GIL_DISABLED
+    while (self->spares) {
+        LeaseObject *lease = self->spares;
+        self->spares = lease->next;
+        PyObject_Free(lease);
+    }
+#endif
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef pool_methods[] = {
+    {"get", FASTCALL(pool_get), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout=None, protocol=None, ip_version=None)")},
+    {"try_get", FASTCALL(pool_try_get), METH_VARARGS | METH_KEYWORDS, PyDoc_STR("try_get(protocol=None, ip_version=None)")},
+    {"_create", FASTCALL(pool_create_), METH_VARARGS, NULL},
+    {"_mail", FASTCALL(pool_mail), METH_VARARGS, NULL},
+    {"_recover", FASTCALL(pool_recover), METH_NOARGS, NULL},
+    {"_expire", FASTCALL(pool_expire), METH_NOARGS, NULL},
+    {"_close_stale", FASTCALL(pool_close_stale), METH_NOARGS, NULL},
+    {"_shut", FASTCALL(pool_shut_), METH_NOARGS, NULL},
+    {"_finish", FASTCALL(pool_finish), METH_NOARGS, NULL},
+    {"_leave", FASTCALL(pool_leave_), METH_NOARGS, NULL},
+    {"_is_open", FASTCALL(pool_is_open_), METH_NOARGS, NULL},
+    {"_counts", FASTCALL(pool_counts), METH_NOARGS, NULL},
+    {"_open", FASTCALL(pool_open_), METH_VARARGS, NULL},
+    {"_snapshot", FASTCALL(pool_snapshot), METH_NOARGS, NULL},
+    {NULL},
+};
+
+static PyType_Slot pool_slots[] = {
+    {Py_tp_dealloc, pool_dealloc}, {Py_tp_traverse, pool_traverse}, {Py_tp_clear, pool_clear},
+    {Py_tp_methods, pool_methods}, {Py_tp_doc, (void *)PyDoc_STR("The C half of shmpool.Pool.")},
+    {0, NULL},
+};
+static PyType_Spec pool_spec = {"shmpool._core.PoolBase", sizeof(PoolObject), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, pool_slots};
+
+/* ---- the module ---- */
+
+/* layout(slots, workers, waiters) -> (total bytes, bytes a slot, bytes a worker); ValueError when out of range. */
+static PyObject *core_layout(PyObject *module, PyObject *args)
+{
+    (void)module;
+    unsigned long long slots, workers, waiters;
+    struct slab_layout layout;
+    if (!PyArg_ParseTuple(args, "KKK:layout", &slots, &workers, &waiters))
+        return NULL;
+    if (!slab_layout(&layout, slots, workers, waiters))
+        return PyErr_Format(PyExc_ValueError, "layout(%llu, %llu, %llu): a capacity is out of range", slots, workers, waiters);
+    return Py_BuildValue("KII", (unsigned long long)layout.total_size, (unsigned)sizeof(struct slot_shm),
+                         (unsigned)sizeof(struct worker_shm));
+}
+
+/* byte_is_locked(fd, byte) -> bool; worker i is alive while byte i is locked. */
+static PyObject *core_byte_is_locked(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int fd;
+    long long byte;
+    if (!PyArg_ParseTuple(args, "iL:byte_is_locked", &fd, &byte))
+        return NULL;
+    return PyBool_FromLong(byte_is_locked(fd, byte));
+}
+
+/* publish(private path, public path): rename that fails (FileExistsError) when the public name exists. */
+static PyObject *core_publish(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *from, *to;
+    if (!PyArg_ParseTuple(args, "ss:publish", &from, &to))
+        return NULL;
+    if (renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_NOREPLACE))
+        return PyErr_SetFromErrnoWithFilename(PyExc_OSError, to);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef core_methods[] = {
+    {"layout", core_layout, METH_VARARGS, PyDoc_STR("layout(slots, workers, waiters) -> (total, per slot, per worker) bytes")},
+    {"byte_is_locked", core_byte_is_locked, METH_VARARGS, PyDoc_STR("byte_is_locked(fd, byte) -> bool")},
+    {"publish", core_publish, METH_VARARGS, PyDoc_STR("publish(private_path, public_path) -> None")},
+    {NULL},
+};
+
+static bool add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type, const char *name)
+{
+    *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *type && PyModule_AddObjectRef(module, name, (PyObject *)*type) == 0;
+}
+
+static int core_exec(PyObject *module)
+{
+    PyObject *errors = PyImport_ImportModule("shmpool.errors");
+    lease_expired = errors ? PyObject_GetAttrString(errors, "LeaseExpired") : NULL;
+    Py_XDECREF(errors);
+    if (!lease_expired || !add_type(module, &lease_spec, &lease_type, "PooledConnection") ||
+        !add_type(module, &pool_spec, &pool_type, "PoolBase") || !add_type(module, &view_spec, &view_type, "SlabView"))
+        return -1;
+    return PyModule_AddIntConstant(module, "MAX_SLOTS", SHM_MAX_SLOTS) ||
+           PyModule_AddIntConstant(module, "MAX_WORKERS", SHM_MAX_WORKERS) ||
+           PyModule_AddIntConstant(module, "MAX_WAITERS", SHM_MAX_WAITERS) ||
+           PyModule_AddIntConstant(module, "MAX_METADATA", MAILBOX_NOTE_MAX) ||
+           PyModule_AddIntConstant(module, "FAMILY_BYTE", (long)SHM_FAMILY_BYTE) ||
+           PyModule_AddIntConstant(module, "SLAB_VERSION", SHM_VERSION)
+               ? -1
+               : 0;
+}
+
+static PyModuleDef_Slot core_slots[] = {
+    {Py_mod_exec, core_exec},
+#if PY_VERSION_HEX >= 0x030c0000
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+#if PY_VERSION_HEX >= 0x030d0000
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+static struct PyModuleDef core_module = {PyModuleDef_HEAD_INIT, .m_name = "shmpool._core", .m_methods = core_methods,
+                                         .m_doc = PyDoc_STR("The C core of shmpool; see shmpool/core/module.c."),
+                                         .m_slots = core_slots};
+
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&core_module); }

@@ -1,0 +1,541 @@
+/* pool.c: the handle, the order of get() past the local cache, and the ends of connections. See pool.h. */
+#include "pool.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "connection.h"
+#include "freelist.h"
+#include "recovery.h"
+
+/* ---- the handle ---- */
+
+static bool make_mailboxes(struct pool *pool, uint32_t count)
+{
+    pool->mailboxes = malloc(count * sizeof *pool->mailboxes);
+    if (!pool->mailboxes)
+        return false;
+    for (uint32_t i = 0; i < count; i++)
+        pool->mailboxes[i] = -1;
+    for (uint32_t i = 0; i < count; i++)
+        if ((pool->mailboxes[i] = mailbox_new()) < 0)
+            return false;
+    return true;
+}
+
+/* What every handle needs beside the slab; false: errno. */
+static bool make_private(struct pool *pool)
+{
+    uint32_t count = pool->slab.layout.max_slots;
+    pool->entries = calloc(count, sizeof *pool->entries);
+    if (!pool->entries || !(pool->fork = fork_page_new()) || !(pool->seat = seat_take()))
+        return false;
+    for (uint32_t i = 0; i < count; i++)
+        pool->entries[i].fd = -1;
+    return true;
+}
+
+enum pool_verdict pool_create(struct pool *pool, int slab_fd, const struct slab_layout *layout,
+                              const struct slab_identity *who, const struct pool_options *options)
+{
+    memset(pool, 0, sizeof *pool);
+    pool->slab_fd = slab_fd;
+    pool->options = *options;
+    pool->cache.size = options->local_cache_size;
+    assert(pool->cache.size <= LOCAL_CACHE_MAX);
+    void *base = mmap(NULL, layout->total_size, PROT_READ | PROT_WRITE, MAP_SHARED, slab_fd, 0);
+    if (base == MAP_FAILED)
+        return POOL_ERRNO;
+    slab_format_new(&pool->slab, base, layout, who);
+    if (!make_private(pool) || !make_mailboxes(pool, layout->max_slots) || !family_join(slab_fd))
+        return POOL_ERRNO;
+    return pool_join(pool);
+}
+
+void pool_release_descriptors(struct pool *pool)
+{
+    for (uint32_t i = 0; pool->mailboxes && i < pool->slab.layout.max_slots; i++)
+        if (pool->mailboxes[i] >= 0) {
+            close(pool->mailboxes[i]);
+            pool->mailboxes[i] = -1;
+        }
+    if (pool->slab_fd >= 0)
+        close(pool->slab_fd);
+    pool->slab_fd = -1;
+}
+
+void pool_free(struct pool *pool)
+{
+    int error = errno;
+    pool_release_descriptors(pool);
+    free(pool->mailboxes);
+    free(pool->entries);
+    if (pool->seat)
+        seat_give_back(pool->seat);
+    if (pool->fork)
+        fork_page_free(pool->fork);
+    if (pool->slab.header)
+        munmap(pool->slab.header, pool->slab.layout.total_size);
+    memset(pool, 0, sizeof *pool);
+    pool->slab_fd = -1;
+    errno = error;
+}
+
+/* ---- registration ---- */
+
+/* The lock of this index is ours: sweep what is left there and sit down. */
+static void sit_down(struct pool *pool, uint32_t index)
+{
+    struct worker_shm *row = &pool->slab.workers[index];
+    pool->worker = index + 1;
+    pool->row = row;
+    if (SHM_LOAD_ACQUIRE(worker, row->state) != SHM_WORKER_FREE)
+        recovery_sweep(pool, pool->worker);
+    SHM_STORE(hint, row->pid, pool->pid);
+    SHM_STORE(hint, row->started_ns, clock_now());
+    SHM_ADD(hint, row->generation, 1);
+    SHM_STORE_RELEASE(worker, row->state, SHM_WORKER_ACTIVE);
+}
+
+/* First the indices given back, then those whose holders died. */
+static bool find_place(struct pool *pool, int fd)
+{
+    for (int also_dead = 0; also_dead <= 1; also_dead++)
+        for (uint32_t index = 0; index < pool->slab.layout.max_workers; index++) {
+            bool is_free = SHM_LOAD_ACQUIRE(worker, pool->slab.workers[index].state) == SHM_WORKER_FREE;
+            if ((!is_free && !also_dead) || !byte_lock(fd, index))
+                continue;
+            sit_down(pool, index);
+            return true;
+        }
+    return false;
+}
+
+static enum pool_verdict register_anew(struct pool *pool)
+{
+    pool->generation++;
+    pool->worker = SHM_NO_WORKER;
+    pool->pid = (uint32_t)getpid();
+    local_cache_clear(&pool->cache);
+    atomic_store_explicit(&pool->recovering, false, memory_order_relaxed);
+    seat_close(pool->seat); /* a child made without libc's fork() still has its parent's */
+    int error = seat_open(pool->seat, pool->slab_fd);
+    if (error) {
+        errno = error;
+        return POOL_ERRNO;
+    }
+    if (find_place(pool, atomic_load_explicit(&pool->seat->fd, memory_order_acquire)))
+        return POOL_OK;
+    seat_close(pool->seat);
+    return POOL_NO_WORKER;
+}
+
+enum pool_verdict pool_join(struct pool *pool)
+{
+    for (;;) {
+        uint32_t phase = FORK_WIPED;
+        if (SHM_CAS_SEQ(private, pool->fork->phase, &phase, FORK_CHANGING)) {
+            enum pool_verdict verdict = register_anew(pool);
+            SHM_STORE_RELEASE(private, pool->fork->phase, verdict == POOL_OK ? FORK_READY : FORK_WIPED);
+            return verdict;
+        }
+        if (phase == FORK_READY)
+            return POOL_OK;
+        sched_yield(); /* another thread of this process is registering */
+    }
+}
+
+void pool_leave(struct pool *pool)
+{
+    uint32_t phase = FORK_READY;
+    if (!SHM_CAS_SEQ(private, pool->fork->phase, &phase, FORK_CHANGING))
+        return; /* not registered, or a fork of one that was */
+    recovery_sweep(pool, pool->worker);
+    SHM_STORE_RELEASE(worker, pool->row->state, SHM_WORKER_FREE);
+    pool->generation++;
+    seat_close(pool->seat);
+    SHM_STORE_RELEASE(private, pool->fork->phase, FORK_WIPED);
+}
+
+/* ---- get ---- */
+
+enum { SAW_OFFER = 1, SAW_EMPTY = 2, SAW_OTHER = 4, SAW_DAMAGE = 8 };
+
+static bool claim_offer(struct pool *pool, uint32_t slot, uint64_t word, uint32_t mask, struct pool_claim *claim)
+{
+    struct slot_shm *row = &pool->slab.slots[slot];
+    if (!pool_fits(pool, row, SHM_LOAD(row, row->kind), mask) || !slot_move(row, &word, pool->worker, SLOT_LEASED))
+        return false;
+    *claim = (struct pool_claim){slot, SOURCE_OFFER, word};
+    return true;
+}
+
+static bool take_promised(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim)
+{
+    int64_t slot = waiter_promised(&pool->slab, place);
+    if (slot < 0)
+        return false;
+    uint64_t word = slot_load(&pool->slab.slots[slot]);
+    return slot_state(word) == SLOT_OFFERED && slot_owner(word) == pool->worker &&
+           claim_offer(pool, (uint32_t)slot, word, mask, claim);
+}
+
+static bool take_listed(struct pool *pool, uint32_t mask, struct pool_claim *claim)
+{
+    uint32_t start = pool->worker * 64 % pool->slab.layout.max_slots; /* workers search from different places */
+    for (unsigned bucket = 0; bucket < SHM_BUCKETS; bucket++) {
+        int64_t slot;
+        while ((mask >> bucket & 1) && (slot = freelist_take(&pool->slab, bucket, start)) >= 0) {
+            uint64_t word = slot_load(&pool->slab.slots[slot]);
+            if (slot_state(word) == SLOT_IDLE && pool_lease_idle(pool, (uint32_t)slot, mask, word, claim)) {
+                claim->source = SOURCE_FREELIST;
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+static bool offer_expired(struct pool *pool, uint32_t slot, uint64_t now)
+{
+    uint64_t since = SHM_LOAD(row, pool->slab.slots[slot].leased_ns);
+    return now > since && now - since > WAITER_OFFER_TTL_NS;
+}
+
+/* Look at every slot word; take the first that is idle and fits. *saw tells what else is there. */
+static bool steal(struct pool *pool, uint32_t mask, struct pool_claim *claim, unsigned *saw)
+{
+    uint32_t count = pool->slab.layout.max_slots, slot = pool->worker * 7 % count;
+    for (uint32_t i = 0; i < count; i++, slot = slot + 1 < count ? slot + 1 : 0) {
+        uint64_t word = slot_load(&pool->slab.slots[slot]);
+        switch (slot_state(word)) {
+        case SLOT_IDLE:
+            if (pool_lease_idle(pool, slot, mask, word, claim)) {
+                claim->source = SOURCE_STEAL;
+                return true;
+            }
+            *saw |= SAW_OTHER;
+            break;
+        case SLOT_OFFERED:
+            *saw |= SAW_OFFER;
+            break;
+        case SLOT_EMPTY:
+            *saw |= SAW_EMPTY;
+            break;
+        case SLOT_DIALING:
+        case SLOT_LEASED:
+        case SLOT_CHECKING:
+        case SLOT_RETIRING:
+            break;
+        default:
+            *saw |= SAW_DAMAGE;
+        }
+    }
+    return false;
+}
+
+/* An offer that its addressee has not claimed in time belongs to whoever comes. */
+static bool take_expired_offer(struct pool *pool, uint32_t mask, struct pool_claim *claim)
+{
+    uint64_t now = clock_now();
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        uint64_t word = slot_load(&pool->slab.slots[slot]);
+        if (slot_state(word) == SLOT_OFFERED && offer_expired(pool, slot, now) &&
+            claim_offer(pool, slot, word, mask, claim)) {
+            pool_count_total(pool, SHM_T_recovered_offers, 1);
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool take_empty_slot(struct pool *pool, uint32_t slot, struct pool_claim *claim)
+{
+    struct slot_shm *row = &pool->slab.slots[slot];
+    uint64_t word = slot_load(row);
+    if (slot_state(word) != SLOT_EMPTY || !slot_move(row, &word, pool->worker, SLOT_DIALING))
+        return false;
+    *claim = (struct pool_claim){slot, SOURCE_DIAL, word};
+    return true;
+}
+
+bool pool_take_empty(struct pool *pool, struct pool_claim *claim)
+{
+    int64_t listed;
+    while ((listed = freelist_take(&pool->slab, SHM_EMPTY_LIST, 0)) >= 0)
+        if (take_empty_slot(pool, (uint32_t)listed, claim))
+            return true;
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++)
+        if (take_empty_slot(pool, slot, claim))
+            return true;
+    return false;
+}
+
+/* An idle connection that this get() cannot use, but whose permit it can. */
+static bool take_other(struct pool *pool, uint32_t mask, struct pool_claim *claim)
+{
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        struct slot_shm *row = &pool->slab.slots[slot];
+        uint64_t word = slot_load(row);
+        uint32_t kind = SHM_LOAD(row, row->kind);
+        if (slot_state(word) != SLOT_IDLE || pool_fits(pool, row, kind, mask) || (kind & SHM_KIND_UNMAILED) ||
+            !slot_move(row, &word, pool->worker, SLOT_RETIRING))
+            continue;
+        *claim = (struct pool_claim){slot, SOURCE_DIAL, word};
+        return true;
+    }
+    return false;
+}
+
+static enum pool_taken search(struct pool *pool, uint32_t mask, struct pool_claim *claim, unsigned *saw)
+{
+    *saw = 0;
+    if (steal(pool, mask, claim, saw))
+        return TAKEN_LEASED;
+    if (*saw & SAW_DAMAGE)
+        return TAKEN_DAMAGED;
+    if ((*saw & SAW_OFFER) && take_expired_offer(pool, mask, claim))
+        return TAKEN_LEASED;
+    if ((*saw & SAW_EMPTY) && pool_take_empty(pool, claim))
+        return TAKEN_DIAL;
+    return TAKEN_NOTHING;
+}
+
+enum pool_taken pool_take(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim)
+{
+    unsigned saw;
+    assert(mask && mask <= WAITER_ANY_BUCKET);
+    if (!pool_is_open(pool))
+        return TAKEN_CLOSED;
+    if ((place && place->queued && take_promised(pool, mask, place, claim)) || pool_take_cached(pool, mask, claim) ||
+        take_listed(pool, mask, claim))
+        return TAKEN_LEASED;
+    enum pool_taken taken = search(pool, mask, claim, &saw);
+    if (taken == TAKEN_NOTHING && recovery_is_due(pool))
+        return TAKEN_RECOVER;
+    if (taken == TAKEN_NOTHING && (saw & SAW_OTHER) && take_other(pool, mask, claim))
+        return TAKEN_EVICTED;
+    return taken;
+}
+
+enum pool_condition pool_check(struct pool *pool, uint32_t slot, int fd)
+{
+    uint32_t kind = SHM_LOAD(row, pool->slab.slots[slot].kind);
+    bool datagrams = kind_bucket(kind) == 2 || kind_bucket(kind) == 3;
+    pool_count(pool, SHM_W_checks, 1);
+    enum connection_health health;
+    if (datagrams && pool->options.clear_udp_buffer)
+        health = connection_clear(fd, pool->options.udp_clear_max_packets, pool->options.udp_clear_timeout_ns);
+    else
+        health = connection_check(fd);
+    if (health == CONNECTION_DIRTY && ((kind & SHM_KIND_PRIVATE) || (datagrams && !pool->options.clear_udp_buffer)))
+        health = CONNECTION_GOOD; /* TLS has records of its own (session tickets); datagrams were wanted */
+    return health == CONNECTION_GOOD ? CONDITION_GOOD : health == CONNECTION_DIRTY ? CONDITION_DIRTY : CONDITION_BROKEN;
+}
+
+/* ---- a connection's life ---- */
+
+uint64_t pool_name_connection(struct pool *pool, struct pool_claim *claim)
+{
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    uint64_t id = SHM_ADD(hint, pool->slab.header->next_connection, 1);
+    mailbox_drain(pool->mailboxes[claim->slot]); /* empty by the invariant; a letter here would be another connection's */
+    SHM_STORE(row, row->connection, id);
+    pool_count_total(pool, SHM_T_dial_attempts, 1);
+    return id;
+}
+
+bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool_birth *birth)
+{
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    uint64_t now = clock_now();
+    assert(birth->bucket < SHM_BUCKETS);
+    SHM_STORE(row, row->created_ns, now);
+    SHM_STORE(row, row->created_realtime_ns, clock_read(CLOCK_REALTIME));
+    SHM_STORE(row, row->last_used_ns, now);
+    SHM_STORE(row, row->leased_ns, now);
+    SHM_STORE(row, row->uses, 0);
+    SHM_STORE(row, row->expires_ns, birth->expires_ns);
+    SHM_STORE(row, row->private_owner, birth->flags ? pool->worker : SHM_NO_WORKER);
+    SHM_STORE(row, row->kind, birth->bucket | birth->flags);
+    for (int i = 0; i < 3; i++)
+        SHM_STORE(row, row->peer[i], birth->peer[i]);
+    if (!slot_move(row, &claim->word, pool->worker, SLOT_LEASED))
+        return false;
+    pool_count_total(pool, SHM_T_created, 1);
+    if (birth->flags & SHM_KIND_UNMAILED)
+        pool_count_total(pool, SHM_T_failed_deposits, 1);
+    return true;
+}
+
+/* The slot, RETIRING or DIALING by us, has no connection and no letter any more. */
+static void make_empty(struct pool *pool, struct pool_claim *claim)
+{
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    SHM_STORE(row, row->connection, 0);
+    SHM_STORE(row, row->kind, 0);
+    SHM_STORE(row, row->private_owner, SHM_NO_WORKER);
+    if (!slot_move(row, &claim->word, SHM_NO_WORKER, SLOT_EMPTY))
+        return;
+    freelist_put(&pool->slab, SHM_EMPTY_LIST, claim->slot);
+    if (SHM_LOAD_SEQ(queue, pool->slab.header->summary))
+        waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);
+}
+
+void pool_abandon(struct pool *pool, struct pool_claim *claim)
+{
+    mailbox_drain(pool->mailboxes[claim->slot]);
+    make_empty(pool, claim);
+    pool_count_total(pool, SHM_T_dial_failures, 1);
+}
+
+bool pool_condemn(struct pool *pool, struct pool_claim *claim)
+{
+    return slot_move(&pool->slab.slots[claim->slot], &claim->word, pool->worker, SLOT_RETIRING);
+}
+
+/* Fetch the letters' descriptors of claims[0..count) into `ends`; where there is none, the caller's. Returns how many. */
+static size_t gather_ends(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, int *ends, int *ours)
+{
+    size_t found = 0;
+    struct letter letter;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t slot = claims[i].slot;
+        uint64_t connection = SHM_LOAD(row, pool->slab.slots[slot].connection);
+        ours[i] = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
+        int fd = ours[i] >= 0 || !fds ? ours[i] : fds[i];
+        if (fd >= 0)
+            ends[found++] = fd;
+    }
+    return found;
+}
+
+void pool_retire_many(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, unsigned reason)
+{
+    enum { FEW = 64 };
+    int few[2 * FEW] = {0}, *space = count <= FEW ? few : malloc(2 * count * sizeof *space);
+    if (!space) { /* no memory: in pieces that fit on the stack */
+        for (size_t i = 0; i < count; i += FEW)
+            pool_retire_many(pool, claims + i, fds ? fds + i : NULL, count - i < FEW ? count - i : FEW, reason);
+        return;
+    }
+    size_t ends = gather_ends(pool, claims, fds, count, space, space + count);
+    connection_end(space, ends);
+    for (size_t i = 0; i < count; i++) {
+        mailbox_drain(pool->mailboxes[claims[i].slot]);
+        if (space[count + i] >= 0)
+            close(space[count + i]);
+        pool_count_total(pool, reason, 1);
+        SHM_ADD(hint, pool->slab.header->retired, 1);
+        make_empty(pool, &claims[i]);
+    }
+    if (space != few)
+        free(space);
+}
+
+void pool_retire(struct pool *pool, struct pool_claim *claim, int fd, unsigned reason)
+{
+    assert(slot_state(claim->word) == SLOT_RETIRING);
+    pool_retire_many(pool, claim, &fd, 1, reason);
+}
+
+/* ---- release ---- */
+
+void pool_forget_cached(struct pool *pool, uint32_t slot)
+{
+    if (slot_state(slot_load(&pool->slab.slots[slot])) == SLOT_IDLE)
+        freelist_put_idle(&pool->slab, slot);
+}
+
+/* Leave the slot free for all and wake somebody who can use it. */
+static enum pool_released release_and_wake(struct pool *pool, struct pool_claim *claim, uint32_t mask)
+{
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    if (!slot_move(row, &claim->word, pool->worker, SLOT_IDLE))
+        return RELEASE_STALE;
+    uint32_t out = local_cache_note(&pool->cache, claim->slot, &pool->entries[claim->slot].place);
+    if (out != LOCAL_CACHE_NONE)
+        pool_forget_cached(pool, out);
+    waiter_wake_first(&pool->slab, mask);
+    if (!pool_is_open(pool))
+        pool_release_late(pool, claim->slot);
+    return RELEASED;
+}
+
+enum pool_released pool_release_contended(struct pool *pool, struct pool_claim *claim)
+{
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    struct waiter_seen seen;
+    uint32_t mask = 1u << kind_bucket(SHM_LOAD(row, row->kind));
+    if (!pool_is_open(pool))
+        return RELEASE_RETIRE;
+    if (SHM_LOAD(row, row->kind) & SHM_KIND_UNMAILED)
+        return RELEASE_RETIRE; /* only we can end it, so it must not lie idle while others wait for its permit */
+    if ((SHM_LOAD(row, row->kind) & SHM_KIND_PRIVATE) || !waiter_first(&pool->slab, mask, &seen))
+        return release_and_wake(pool, claim, WAITER_ANY_BUCKET); /* its permit is of use to them: they may evict it */
+    uint64_t now = clock_now(), since = waiter_since(&pool->slab, &seen);
+    if (now > since && now - since >= WAITER_HANDOVER_AFTER_NS)
+        switch (waiter_offer(&pool->slab, claim->slot, &claim->word, mask, now)) {
+        case WAITER_OFFERED:
+            return RELEASED;
+        case WAITER_LOST:
+            return RELEASE_STALE;
+        case WAITER_NOBODY:
+            break;
+        }
+    return release_and_wake(pool, claim, mask);
+}
+
+void pool_release_late(struct pool *pool, uint32_t slot)
+{
+    struct slot_shm *row = &pool->slab.slots[slot];
+    struct pool_claim claim = {.slot = slot, .word = slot_load(row)};
+    if (pool_is_open(pool)) {
+        struct waiter_seen seen;
+        uint32_t mask = 1u << kind_bucket(SHM_LOAD(row, row->kind));
+        bool fits = (mask & WAITER_ANY_BUCKET) && waiter_first(&pool->slab, mask, &seen);
+        waiter_wake_first(&pool->slab, fits ? mask : WAITER_ANY_BUCKET);
+    } else if (slot_state(claim.word) == SLOT_IDLE && pool_condemn(pool, &claim))
+        pool_retire(pool, &claim, -1, SHM_T_closed_shutdown);
+}
+
+void pool_return_promise(struct pool *pool, int64_t slot)
+{
+    if (slot < 0)
+        return;
+    struct slot_shm *row = &pool->slab.slots[slot];
+    uint64_t word = slot_load(row);
+    if (slot_state(word) != SLOT_OFFERED || slot_owner(word) != pool->worker ||
+        !slot_move(row, &word, SHM_NO_WORKER, SLOT_IDLE))
+        return;
+    freelist_put_idle(&pool->slab, (uint32_t)slot);
+    pool_release_late(pool, (uint32_t)slot);
+}
+
+/* ---- closing ---- */
+
+void pool_shut(struct pool *pool)
+{
+    SHM_STORE(hint, pool->slab.header->state, SHM_POOL_CLOSED);
+    SHM_OR_SEQ(queue, pool->slab.header->summary, SHM_ATTENTION);
+    waiter_wake_all(&pool->slab);
+}
+
+bool pool_take_idle(struct pool *pool, uint32_t from, struct pool_claim *claim)
+{
+    for (uint32_t slot = from; slot < pool->slab.layout.max_slots; slot++) {
+        struct slot_shm *row = &pool->slab.slots[slot];
+        uint64_t word = slot_load(row);
+        if ((slot_state(word) != SLOT_IDLE && slot_state(word) != SLOT_OFFERED) ||
+            !slot_move(row, &word, pool->worker, SLOT_RETIRING))
+            continue;
+        *claim = (struct pool_claim){.slot = slot, .word = word};
+        return true;
+    }
+    return false;
+}

@@ -1,0 +1,264 @@
+/* pool.h: one process's handle on the pool, and the order of get() and release() without Python.
+ *
+ * The handle is private memory: it maps the slab, holds the mailboxes and what this process knows of each connection (entries).
+ * Several handles fit into one process (C tests let threads play worker processes).
+ *
+ * The order of a get (blueprint of pool_take): local cache -> free-list -> steal by scan -> an offer nobody claimed ->
+ * an empty slot (dial) -> recovery of the dead, once more -> retire an idle connection of another kind -> nothing: wait.
+ *
+ * Threads: all functions may be called by several threads of a process at once. What belongs to a slot (its entry, row and
+ * mailbox) is touched only by the thread that holds the slot; ORDER(slot) passes it on.
+ *
+ * Not here: Python objects, sleeping with the GIL, dialling, hooks (module.c); who is dead (recovery.c).
+ */
+#ifndef SHMPOOL_POOL_H
+#define SHMPOOL_POOL_H
+
+#include "local_cache.h"
+#include "mailbox.h"
+#include "slot.h"
+#include "stats.h"
+#include "waiter.h"
+#include "worker.h"
+
+/* What this process knows of a slot's connection. Touched by the thread that holds the slot; `place` by any. */
+struct entry {
+    uint64_t connection; /* the connection that fd and the objects belong to; 0: none */
+    int fd;
+    a32_shm place;       /* where the slot stands in the local cache */
+    const char *dirty;   /* nonzero there: the holder may have changed the socket's mode, or closed it */
+    void *socket, *session, *note; /* of module.c */
+};
+
+struct pool_options {
+    uint32_t local_cache_size;
+    uint64_t alive_bypass_ns, idle_timeout_ns;
+    uint64_t udp_clear_timeout_ns;
+    uint32_t udp_clear_max_packets;
+    bool clear_udp_buffer, stats;
+};
+
+struct pool {
+    struct slab slab;
+    struct fork_page *fork;
+    uint32_t worker;     /* our number (index + 1), 0 before registration */
+    uint32_t generation; /* raised in each forked child: leases of another generation are not ours */
+    struct worker_shm *row;
+    struct pool_options options;
+    struct entry *entries;
+    int *mailboxes;
+    int slab_fd;
+    uint32_t pid;
+    struct seat *seat;
+    atomic_bool recovering; /* a thread of ours sweeps; OFD locks do not exclude threads of one process */
+    a64_shm timing_tick;    /* private: when the last sample was taken, and leases since */
+    a32_shm timing_count;
+    struct local_cache cache;
+};
+
+enum pool_verdict { POOL_OK, POOL_ERRNO, POOL_NO_WORKER, POOL_DAMAGED };
+
+/* Map `size` bytes of `slab_fd` (the handle takes the descriptor over) and format a new slab there. errno on POOL_ERRNO. */
+enum pool_verdict pool_create(struct pool *pool, int slab_fd, const struct slab_layout *layout,
+                              const struct slab_identity *who, const struct pool_options *options);
+/* Register this process (also the first time in a forked child). Cheap when done already. */
+enum pool_verdict pool_join(struct pool *pool);
+/* Leave: give the index back. Leases of this process that are still out are retired. */
+void pool_leave(struct pool *pool);
+/* Close mailboxes and slab file; the mapping stays readable. After pool_leave, when nothing is held any more. */
+void pool_release_descriptors(struct pool *pool);
+/* Free the handle: unmap, close mailboxes and the slab. Does not leave. */
+void pool_free(struct pool *pool);
+
+static inline bool pool_joined(const struct pool *pool)
+{
+    return SHM_LIKELY(SHM_LOAD_ACQUIRE(private, pool->fork->phase) == FORK_READY);
+}
+static inline bool pool_is_open(const struct pool *pool)
+{
+    return SHM_LIKELY(!(SHM_LOAD_SEQ(queue, pool->slab.header->summary) & SHM_ATTENTION));
+}
+
+/* ---- get ---- */
+
+enum pool_source { SOURCE_CACHE, SOURCE_FREELIST, SOURCE_STEAL, SOURCE_OFFER, SOURCE_DIAL };
+
+/* A slot that this thread holds, and the word to give it back with. */
+struct pool_claim {
+    uint32_t slot;
+    enum pool_source source;
+    uint64_t word;
+};
+
+enum pool_taken {
+    TAKEN_LEASED,  /* an idle connection is ours */
+    TAKEN_DIAL,    /* an empty slot is ours (DIALING): connect, then pool_install or pool_abandon */
+    TAKEN_EVICTED, /* an idle connection of another kind is ours (RETIRING): pool_retire it and take again */
+    TAKEN_NOTHING, /* every connection is leased, or opening */
+    TAKEN_RECOVER, /* nothing, but it is time to look for the dead: recovery_run (blocks, without the GIL), then take again */
+    TAKEN_CLOSED,  /* the pool is closed */
+    TAKEN_DAMAGED, /* a slot word is in no state that exists */
+};
+
+/* local_cache: the warm path. True when a fitting slot was taken. */
+static inline bool pool_take_cached(struct pool *pool, uint32_t mask, struct pool_claim *claim);
+/* Everything else, in the order above; never blocks. `place`: ours when we are queued, else NULL. */
+enum pool_taken pool_take(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim);
+
+/* Only an empty slot: DIALING. */
+bool pool_take_empty(struct pool *pool, struct pool_claim *claim);
+
+enum pool_condition { CONDITION_GOOD, CONDITION_BROKEN, CONDITION_DIRTY, CONDITION_IDLE, CONDITION_LIFETIME };
+/* The part of validation that needs the descriptor: liveness, stray datagrams. */
+enum pool_condition pool_check(struct pool *pool, uint32_t slot, int fd);
+/* Is the leased connection fit for use at (coarse) `now`? */
+static inline enum pool_condition pool_validate(struct pool *pool, uint32_t slot, int fd, uint64_t now);
+
+/* ---- a connection's life; the caller holds the slot ---- */
+
+struct pool_birth {
+    unsigned bucket;
+    uint32_t flags;          /* SHM_KIND_* */
+    uint64_t expires_ns;     /* UINT64_MAX: never */
+    uint64_t peer[3];
+};
+
+/* DIALING: the id under which the connection will be known (for the letter). */
+uint64_t pool_name_connection(struct pool *pool, struct pool_claim *claim);
+/* DIALING -> LEASED: fill the row. The letter has been deposited, or flags say that it was not. */
+bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool_birth *birth);
+/* DIALING -> EMPTY: nothing was opened. */
+void pool_abandon(struct pool *pool, struct pool_claim *claim);
+/* LEASED, IDLE or CHECKING -> RETIRING: from now on nobody else may have it. False: it was not ours any more. */
+bool pool_condemn(struct pool *pool, struct pool_claim *claim);
+/* RETIRING -> EMPTY: end the connection for all processes, by its letter, else by `fd` (-1: none). Blocks up to
+ * CONNECTION_LINGER_NS. `reason` is a counter SHM_T_closed_*. */
+void pool_retire(struct pool *pool, struct pool_claim *claim, int fd, unsigned reason);
+/* The same for many at once, with one linger for all. */
+void pool_retire_many(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, unsigned reason);
+
+/* ---- release ---- */
+
+enum pool_released { RELEASED, RELEASE_STALE, RELEASE_RETIRE /* still ours, but not to be kept: retire it */ };
+/* LEASED -> IDLE or to a waiter. */
+static inline enum pool_released pool_release(struct pool *pool, struct pool_claim *claim, uint64_t now_coarse);
+enum pool_released pool_release_contended(struct pool *pool, struct pool_claim *claim);
+/* The queue was empty before the release and is not after it. */
+void pool_release_late(struct pool *pool, uint32_t slot);
+/* Give back a slot that was promised to a waiter which needs it no more. */
+void pool_return_promise(struct pool *pool, int64_t slot);
+void pool_forget_cached(struct pool *pool, uint32_t slot);
+
+/* ---- closing ---- */
+
+/* Nobody gets anything any more; every waiter is woken. */
+void pool_shut(struct pool *pool);
+/* Take an idle slot at or above `from` for retiring; false when there is none. */
+bool pool_take_idle(struct pool *pool, uint32_t from, struct pool_claim *claim);
+
+/* ---- inline parts ---- */
+
+static inline unsigned kind_bucket(uint32_t kind) { return kind & 0xff; }
+
+/* May this process use a connection of that kind, and is it of a wanted bucket? */
+static inline bool pool_fits(const struct pool *pool, const struct slot_shm *row, uint32_t kind, uint32_t mask)
+{
+    if (kind_bucket(kind) >= SHM_BUCKETS || !(mask >> kind_bucket(kind) & 1))
+        return false;
+    return SHM_LIKELY(!(kind & SHM_KIND_PRIVATE)) || SHM_LOAD(row, row->private_owner) == pool->worker;
+}
+
+/* The word is loaded before the kind: if the CAS from it succeeds, the kind was that of this very idle connection. */
+static inline bool pool_lease_idle(struct pool *pool, uint32_t slot, uint32_t mask, uint64_t word, struct pool_claim *claim)
+{
+    struct slot_shm *row = &pool->slab.slots[slot];
+    if (!pool_fits(pool, row, SHM_LOAD(row, row->kind), mask) || !slot_move(row, &word, pool->worker, SLOT_LEASED))
+        return false;
+    claim->slot = slot;
+    claim->word = word;
+    return true;
+}
+
+static inline bool pool_take_cached(struct pool *pool, uint32_t mask, struct pool_claim *claim)
+{
+    struct local_cache *cache = &pool->cache;
+    uint32_t last = SHM_LOAD(private, cache->last);
+    for (uint32_t i = 0; i < cache->size; i++) {
+        uint32_t at = last + i < cache->size ? last + i : last + i - cache->size;
+        uint32_t slot = SHM_LOAD(private, cache->entries[at]);
+        if (slot == LOCAL_CACHE_NONE)
+            continue;
+        uint64_t word = slot_load(&pool->slab.slots[slot]);
+        if (slot_state(word) == SLOT_IDLE && slot_owner(word) == pool->worker &&
+            pool_lease_idle(pool, slot, mask, word, claim)) {
+            claim->source = SOURCE_CACHE;
+            return true;
+        }
+    }
+    return false;
+}
+
+static inline enum pool_condition pool_validate(struct pool *pool, uint32_t slot, int fd, uint64_t now)
+{
+    struct slot_shm *row = &pool->slab.slots[slot];
+    uint64_t used = SHM_LOAD(row, row->last_used_ns);
+    unsigned bucket = kind_bucket(SHM_LOAD(row, row->kind));
+    if (SHM_UNLIKELY(SHM_LOAD(row, row->expires_ns) <= now))
+        return CONDITION_LIFETIME;
+    uint64_t idle = now > used ? now - used : 0;
+    if (SHM_LIKELY(idle < pool->options.alive_bypass_ns && bucket != 2 && bucket != 3))
+        return CONDITION_GOOD;
+    if (idle > pool->options.idle_timeout_ns)
+        return CONDITION_IDLE;
+    return pool_check(pool, slot, fd);
+}
+
+static inline enum pool_released pool_release(struct pool *pool, struct pool_claim *claim, uint64_t now_coarse)
+{
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    if (SHM_UNLIKELY(slot_load(row) != claim->word))
+        return RELEASE_STALE;
+    SHM_STORE(row, row->last_used_ns, now_coarse);
+    if (SHM_UNLIKELY(SHM_LOAD_SEQ(queue, pool->slab.header->summary)))
+        return pool_release_contended(pool, claim);
+    if (!slot_move(row, &claim->word, pool->worker, SLOT_IDLE))
+        return RELEASE_STALE;
+    uint32_t out = local_cache_note(&pool->cache, claim->slot, &pool->entries[claim->slot].place);
+    if (SHM_UNLIKELY(out != LOCAL_CACHE_NONE))
+        pool_forget_cached(pool, out);
+    if (SHM_UNLIKELY(SHM_LOAD_SEQ(queue, pool->slab.header->summary)))
+        pool_release_late(pool, claim->slot);
+    return RELEASED;
+}
+
+static inline void pool_count(struct pool *pool, unsigned counter, uint64_t by)
+{
+    SHM_ADD(count, pool->row->counters[counter], by);
+}
+static inline void pool_count_total(struct pool *pool, unsigned counter, uint64_t by)
+{
+    SHM_ADD(count, pool->slab.totals->counters[counter], by);
+}
+
+/* Time this lease? Returns the weight of the sample, 0 for no: every lease while they come slower than the coarse clock
+ * ticks, else one in 16. */
+static inline uint32_t pool_timing_due(struct pool *pool, uint64_t now_coarse)
+{
+    uint32_t count = SHM_LOAD(private, pool->timing_count) + 1;
+    if (SHM_LIKELY(count < 16 && SHM_LOAD(private, pool->timing_tick) == now_coarse)) {
+        SHM_STORE(private, pool->timing_count, count);
+        return 0;
+    }
+    SHM_STORE(private, pool->timing_count, 0);
+    SHM_STORE(private, pool->timing_tick, now_coarse);
+    return count;
+}
+
+/* The sample was not taken: those it stood for wait for the next. */
+static inline void pool_timing_undo(struct pool *pool, uint32_t weight)
+{
+    if (weight)
+        SHM_STORE(private, pool->timing_count, weight - 1);
+}
+
+#endif

@@ -1,0 +1,85 @@
+/* recovery.c: see recovery.h. The least-run code of the core, so it is kept the shortest. */
+#include "recovery.h"
+
+#include <assert.h>
+
+#include "freelist.h"
+
+enum { BATCH = 64 };
+
+/* Take over one slot of the dead for closing; true when it now is RETIRING by us. */
+static bool take_over(struct pool *pool, uint32_t slot, uint32_t dead, struct pool_claim *claim)
+{
+    struct slot_shm *row = &pool->slab.slots[slot];
+    uint64_t word = slot_load(row);
+    enum slot_state state = slot_state(word);
+    if (slot_owner(word) != dead || state == SLOT_EMPTY)
+        return false;
+    if (state == SLOT_OFFERED) {
+        if (slot_move(row, &word, SHM_NO_WORKER, SLOT_IDLE))
+            pool_count_total(pool, SHM_T_recovered_offers, 1);
+        state = SLOT_IDLE;
+    }
+    if (state == SLOT_IDLE && !(SHM_LOAD(row, row->kind) & SHM_KIND_PRIVATE)) {
+        freelist_put_idle(&pool->slab, slot);
+        return false;
+    }
+    if (state == SLOT_LEASED)
+        pool_count_total(pool, SHM_T_recovered_leases, 1);
+    *claim = (struct pool_claim){.slot = slot, .word = word};
+    return slot_may_move(state, SLOT_RETIRING) && slot_move(row, &claim->word, pool->worker, SLOT_RETIRING);
+}
+
+uint32_t recovery_sweep(struct pool *pool, uint32_t dead)
+{
+    struct pool_claim claims[BATCH];
+    uint32_t freed = 0, count = 0;
+    pool_count_total(pool, SHM_T_recovered_waiters, waiter_forget(&pool->slab, dead));
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        count += take_over(pool, slot, dead, &claims[count]);
+        if (count == BATCH || (count && slot + 1 == pool->slab.layout.max_slots)) {
+            pool_retire_many(pool, claims, NULL, count, SHM_T_closed_owner_died);
+            freed += count;
+            count = 0;
+        }
+    }
+    waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);
+    return freed;
+}
+
+static uint32_t recover_one(struct pool *pool, int fd, uint32_t index)
+{
+    struct worker_shm *row = &pool->slab.workers[index];
+    if (SHM_LOAD_ACQUIRE(worker, row->state) != SHM_WORKER_ACTIVE || index + 1 == pool->worker ||
+        byte_is_locked(fd, index) || !byte_lock(fd, index))
+        return 0;
+    uint32_t freed = 0;
+    if (SHM_LOAD_ACQUIRE(worker, row->state) == SHM_WORKER_ACTIVE) { /* not recovered by another meanwhile */
+        freed = recovery_sweep(pool, index + 1);
+        pool_count_total(pool, SHM_T_recoveries, 1);
+        SHM_STORE_RELEASE(worker, row->state, SHM_WORKER_FREE);
+    }
+    byte_unlock(fd, index);
+    return freed;
+}
+
+bool recovery_is_due(struct pool *pool)
+{
+    return clock_coarse() - SHM_LOAD(hint, pool->slab.header->recovery_checked_ns) >= RECOVERY_INTERVAL_NS;
+}
+
+uint32_t recovery_run(struct pool *pool, bool now_please)
+{
+    assert(pool->worker);
+    if (!now_please && !recovery_is_due(pool))
+        return 0;
+    SHM_STORE(hint, pool->slab.header->recovery_checked_ns, clock_coarse());
+    if (atomic_exchange_explicit(&pool->recovering, true, memory_order_acquire))
+        return 0; /* a thread of ours is at it */
+    uint32_t freed = 0;
+    int fd = atomic_load_explicit(&pool->seat->fd, memory_order_acquire);
+    for (uint32_t index = 0; fd >= 0 && index < pool->slab.layout.max_workers; index++)
+        freed += recover_one(pool, fd, index);
+    atomic_store_explicit(&pool->recovering, false, memory_order_release);
+    return freed;
+}

@@ -1,0 +1,247 @@
+/* slab.h: the byte map of the shared segment, and how it is made, opened and checked.
+ *
+ *   +-----------------------------+ 0
+ *   | header_shm          (4 KiB) |  what the slab is, then the words all processes change
+ *   +-----------------------------+ SHM_HEADER_BYTES
+ *   | totals_shm                  |  counters and histograms of rare events, of the whole pool
+ *   +-----------------------------+ workers_offset
+ *   | worker_shm  x max_workers   |  16 KiB each: who registered, its counters, its histograms
+ *   +-----------------------------+ waiters_offset
+ *   | waiter words x max_waiters  |  packed: a releaser reads eight waiters with one cache line
+ *   | waiter cells x max_waiters  |  64 bytes each: futex and time
+ *   +-----------------------------+ bitmaps_offset
+ *   | free-lists: 6 bitmaps       |  one per bucket, one of empty slots (hints)
+ *   +-----------------------------+ slots_offset
+ *   | slot_shm    x max_slots     |  128 bytes each: the hot line, the cold line
+ *   +-----------------------------+ total_size
+ *
+ * Who writes what: see the comment at each field. Fields of type a64_shm / a32_shm change while the pool lives; plain
+ * fields are written once, before the slab is published, and never again.
+ *
+ * Invariants: (1) offsets and sizes follow from the three capacities alone: slab_layout() computes them, slab_check()
+ * recomputes and compares, nothing else is believed. (2) A zeroed slab is damaged, not free: magic, slot states and
+ * waiter states are never 0. (3) There are no pointers in the slab.
+ *
+ * Models: SQLite's wal.c and LMDB's mdb.c for a layout that is a contract. Not here: any change of a word (slot.h ...).
+ */
+#ifndef SHMPOOL_SLAB_H
+#define SHMPOOL_SLAB_H
+
+#include <stddef.h>
+
+#include "atomics.h"
+
+enum {
+    SHM_MAX_SLOTS = 100000,
+    SHM_MAX_WORKERS = 4096,
+    SHM_WAITER_GROUP = 64,                      /* waiters that share a bit of the summary */
+    SHM_MAX_WAITERS = 63 * SHM_WAITER_GROUP,    /* bit 63 of the summary is the attention bit */
+    SHM_BUCKETS = 5,                            /* tcp/4 tcp/6 udp/4 udp/6 unix */
+    SHM_BITMAPS = SHM_BUCKETS + 1,              /* and the list of EMPTY slots */
+    SHM_EMPTY_LIST = SHM_BUCKETS,
+    SHM_HEADER_BYTES = 4096,
+    SHM_NAME_BYTES = 72,
+    SHM_TARGET_BYTES = 256,
+    SHM_CONFIG_BYTES = 2048,
+    SHM_HIST_SUB_BITS = 5,                      /* 32 buckets per octave: a bucket is at most 3.1 % wide */
+    SHM_HIST_FIRST_OCTAVE = 6,                  /* 64 ns */
+    SHM_HIST_OCTAVES = 31,                      /* up to 137 s */
+    SHM_HIST_BUCKETS = SHM_HIST_OCTAVES << SHM_HIST_SUB_BITS,
+};
+
+#define SHM_MAGIC UINT64_C(0x6c6f6f706d687301) /* "\x01shmpool" */
+#define SHM_VERSION UINT32_C(1)
+#define SHM_NO_WORKER UINT32_C(0) /* worker numbers in words are index + 1 */
+
+/* ---- counters: one list yields the enum, the names, the Python side and the table in docs/design.md ---- */
+
+/* of one worker (its own cache lines; cumulative for the index, whoever holds it) */
+#define SHM_WORKER_COUNTERS(X)                                                                                         \
+    X(hits, "leases served from the local cache")                                                                      \
+    X(freelist, "leases served from the shared free-list")                                                             \
+    X(steals, "leases taken out of another worker's cache by a scan")                                                  \
+    X(dials, "leases served by a new connection")                                                                      \
+    X(handovers, "leases served by a direct hand-over from a releaser")                                                \
+    X(waits, "calls that entered the waiter queue")                                                                    \
+    X(wait_ns, "nanoseconds spent in the waiter queue")                                                                \
+    X(timeouts, "calls that ended with PoolTimeout")                                                                   \
+    X(exhausted, "calls that ended with PoolExhausted")                                                                \
+    X(refused, "calls that ended with PoolClosed")                                                                     \
+    X(dial_errors, "calls that ended with DialError")                                                                  \
+    X(interrupted, "calls ended by another exception (signal handler, hook)")                                          \
+    X(mailbox_reads, "descriptors fetched from a mailbox")                                                             \
+    X(bad_letters, "letters that were missing or did not fit")                                                         \
+    X(checks, "liveness checks at lease")                                                                              \
+    X(errors, "leases ended by an exception or discard()")
+
+/* of the whole pool (rare events; any worker adds) */
+#define SHM_TOTAL_COUNTERS(X)                                                                                          \
+    X(created, "connections installed")                                                                                \
+    X(dial_attempts, "dials begun")                                                                                    \
+    X(dial_failures, "dials that failed")                                                                              \
+    X(failed_deposits, "connections whose descriptor could not be put into the mailbox")                               \
+    X(closed_broken, "retired: closed or reset by the peer")                                                           \
+    X(closed_dirty, "retired: unread bytes, or the holder's socket could not be put back")                             \
+    X(closed_error, "retired: the lease ended with an exception or discard()")                                         \
+    X(closed_leaked, "retired: the lease was dropped without release")                                                 \
+    X(closed_idle, "retired: idle too long")                                                                           \
+    X(closed_lifetime, "retired: too old")                                                                             \
+    X(closed_unhealthy, "retired: the health check or a hook refused it")                                              \
+    X(closed_evicted, "retired: its permit was needed for another kind")                                               \
+    X(closed_letter, "retired: its descriptor could not be fetched")                                                   \
+    X(closed_owner_died, "retired: its holder died")                                                                   \
+    X(closed_shutdown, "retired: the pool was closed")                                                                 \
+    X(recoveries, "dead workers swept")                                                                                \
+    X(recovered_leases, "leases of dead workers taken back")                                                           \
+    X(recovered_offers, "offers to dead or late waiters taken back")                                                   \
+    X(recovered_waiters, "queue places of dead workers freed")                                                         \
+    X(health_checks, "health checks run")                                                                              \
+    X(health_failures, "health checks that failed")                                                                    \
+    X(leaks, "leases out for longer than leak_timeout")
+
+#define SHM_COUNTER_ENUM_WORKER(name, text) SHM_W_##name,
+#define SHM_COUNTER_ENUM_TOTAL(name, text) SHM_T_##name,
+enum { SHM_WORKER_COUNTERS(SHM_COUNTER_ENUM_WORKER) SHM_W_COUNT };
+enum { SHM_TOTAL_COUNTERS(SHM_COUNTER_ENUM_TOTAL) SHM_T_COUNT };
+
+/* ---- the structs ---- */
+
+struct hist_shm {
+    a64_shm buckets[SHM_HIST_BUCKETS];
+};
+
+struct header_shm {
+    /* what this is: written before publication, then never again; the magic last (ORDER(publish)) */
+    a64_shm magic;
+    uint32_t version;
+    uint32_t format; /* slab_format(): sizes of everything below, so that a foreign build is refused */
+    uint64_t total_size;
+    uint8_t id[16]; /* random: a letter of another slab does not fit */
+    uint64_t created_realtime_ns;
+    uint32_t creator_uid;
+    uint32_t creator_pid;
+    uint32_t max_slots;
+    uint32_t max_workers;
+    uint32_t max_waiters;
+    uint32_t padding_a;
+    char name[SHM_NAME_BYTES];
+    char target[SHM_TARGET_BYTES];
+    char config[SHM_CONFIG_BYTES];
+    uint8_t padding_b[1520];
+
+    /* read by every get() and release(): the waiter summary and, in bit 63, "look at `state` first" */
+    _Alignas(64) a64_shm summary;
+    a32_shm state; /* enum pool_state */
+    a32_shm padding_c;
+
+    /* changed now and then, by anyone */
+    _Alignas(64) a64_shm next_connection;  /* the id of the next connection */
+    a64_shm next_ticket;                   /* the place of the next waiter */
+    a64_shm recovery_checked_ns;           /* when somebody last looked for dead workers (hint) */
+    a64_shm retired;                       /* connections retired so far: "close your stale copies" (hint) */
+};
+
+enum pool_state { SHM_POOL_OPEN = 1, SHM_POOL_CLOSED = 2 };
+#define SHM_ATTENTION (UINT64_C(1) << 63)
+
+struct totals_shm {
+    a64_shm counters[SHM_T_COUNT];
+    uint8_t padding[256 - 8 * SHM_T_COUNT];
+    struct hist_shm wait; /* time in the waiter queue */
+    struct hist_shm dial; /* time of a dial */
+};
+
+/* the state of a row changes only under the OFD lock on the byte of its index (worker.h) */
+enum worker_state { SHM_WORKER_FREE = 1, SHM_WORKER_ACTIVE = 2 };
+
+struct worker_shm {
+    a32_shm state;
+    a32_shm pid;
+    a64_shm started_ns;
+    a64_shm generation; /* how often this index was given out */
+    uint8_t padding_a[40];
+    _Alignas(64) a64_shm counters[SHM_W_COUNT];
+    uint8_t padding_b[512 - 64 - 8 * SHM_W_COUNT];
+    struct hist_shm get; /* call of get() to its return */
+    struct hist_shm use; /* lease to release */
+};
+
+/* the waiter's word (waiter.h) stands apart, packed; the cell is what it sleeps on */
+struct waiter_shm {
+    a32_shm futex; /* 1: woken; set to 0 by the waiter before it looks and sleeps */
+    a32_shm tid;
+    a64_shm since_ns; /* when it entered the queue */
+    uint8_t padding[48];
+};
+
+struct slot_shm {
+    /* the hot line: a warm get() and release() touch only this */
+    a64_shm word;         /* slot.h; the only truth about the slot */
+    a64_shm connection;   /* id of the connection, 0 when there is none; by the holder */
+    a64_shm last_used_ns; /* release of the last lease; by the holder */
+    a64_shm leased_ns;    /* start of the lease or of the offer; by the holder */
+    a64_shm uses;         /* leases of this connection; by the holder */
+    a64_shm expires_ns;   /* end of its life, UINT64_MAX when none; by the dialler */
+    a32_shm kind;         /* bucket | flags << 8; by the dialler */
+    a32_shm private_owner; /* worker number that alone can use it, or 0; by the dialler */
+    uint8_t padding_a[8];
+    /* the cold line */
+    a64_shm created_ns;          /* CLOCK_MONOTONIC; by the dialler */
+    a64_shm created_realtime_ns; /* by the dialler */
+    a64_shm peer[3];             /* address and port: slot_peer; by the dialler */
+    uint8_t padding_b[24];
+};
+
+enum { SHM_KIND_PRIVATE = 1 << 8 /* only private_owner can use it */, SHM_KIND_UNMAILED = 1 << 9 /* no letter */ };
+
+_Static_assert(offsetof(struct header_shm, summary) == SHM_HEADER_BYTES - 128, "the summary has a line of its own");
+_Static_assert(sizeof(struct header_shm) == SHM_HEADER_BYTES, "header");
+_Static_assert(sizeof(struct totals_shm) == 256 + 2 * 8 * SHM_HIST_BUCKETS, "totals");
+_Static_assert(offsetof(struct worker_shm, counters) == 64, "counters start a line");
+_Static_assert(offsetof(struct worker_shm, get) == 512, "histograms start a line");
+_Static_assert(sizeof(struct worker_shm) == 16384, "a worker costs 16 KiB");
+_Static_assert(sizeof(struct waiter_shm) == 64, "a waiter has a line of its own");
+_Static_assert(offsetof(struct slot_shm, created_ns) == 64, "hot and cold line");
+_Static_assert(sizeof(struct slot_shm) == 128, "a slot is two lines");
+
+/* ---- layout ---- */
+
+struct slab_layout {
+    uint32_t max_slots, max_workers, max_waiters;
+    uint32_t bitmap_words; /* per bitmap */
+    uint64_t totals_offset, workers_offset, words_offset, waiters_offset, bitmaps_offset, slots_offset, total_size;
+};
+
+/* The layout for these capacities; false when one is out of range (1..SHM_MAX_*). */
+bool slab_layout(struct slab_layout *layout, uint64_t max_slots, uint64_t max_workers, uint64_t max_waiters);
+
+/* A mapped slab: where things are in this process. Private; never in the slab itself. */
+struct slab {
+    struct header_shm *header;
+    struct totals_shm *totals;
+    struct worker_shm *workers;
+    a64_shm *waiter_words;
+    struct waiter_shm *waiters;
+    a64_shm *bitmaps;
+    struct slot_shm *slots;
+    struct slab_layout layout;
+};
+
+struct slab_identity {
+    const uint8_t *id;
+    uint64_t created_realtime_ns;
+    uint32_t uid, pid;
+    const char *name, *target, *config;
+};
+
+enum slab_verdict { SLAB_OK, SLAB_TOO_SMALL, SLAB_NO_MAGIC, SLAB_FOREIGN_VERSION, SLAB_FOREIGN_FORMAT, SLAB_BAD_SIZES,
+                    SLAB_BAD_TEXT, SLAB_BAD_STATE };
+
+/* Write a whole new slab into `size` zeroed bytes at `base` and open it. Only before publication. */
+void slab_format_new(struct slab *slab, void *base, const struct slab_layout *layout, const struct slab_identity *who);
+/* Check what stands at `base` and open it; writes nothing, so a read-only mapping will do. */
+enum slab_verdict slab_open(struct slab *slab, void *base, uint64_t size);
+const char *slab_verdict_text(enum slab_verdict verdict);
+uint32_t slab_format(void);
+
+#endif

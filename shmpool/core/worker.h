@@ -1,0 +1,60 @@
+/* worker.h: who takes part: registration, liveness, fork.
+ *
+ * A worker is alive while it holds an F_OFD_SETLK write lock on byte `index` of the slab's file, through a descriptor
+ * ("seat") whose open file description is its own. The kernel drops the lock when the last copy of that descriptor is closed: at any death.
+ * Whoever gets the lock of a byte may act for that index, and must first sweep what its last holder left (recovery.c).
+ * In addition every process of a family holds, through the inherited slab descriptor, a read lock on SHM_FAMILY_BYTE:
+ * "somebody still has this slab", also before it registers.
+ *
+ *   worker row:  FREE --worker_register (lock held)--> ACTIVE --worker_leave or recovery (lock held)--> FREE
+ *
+ * Fork: a child inherits the parent's seat and would keep the parent's lock alive. pthread_atfork closes it in the child
+ * at once. A page with MADV_WIPEONFORK (Linux 4.14) reads as zeros in every child, however it was made: the hot path reads its
+ * phase word and so knows at no cost that it has to register anew.
+ *
+ * Sources: OFD locks: fcntl(2); the reasons against pids, robust mutexes and POSIX locks: docs/design.md, "worker".
+ *
+ * ORDER(worker): acquire/release. A row's fields are written under the byte's lock and published by its state.
+ * ORDER(seat): acquire/release between threads of one process and its forked child: a seat is closed once.
+ */
+#ifndef SHMPOOL_WORKER_H
+#define SHMPOOL_WORKER_H
+
+#include <pthread.h>
+
+#include "slab.h"
+
+#define SHM_FAMILY_BYTE (INT64_C(1) << 20)
+
+/* A descriptor that a forked child must close. Nodes are never freed: the atfork handler may walk them at any moment. */
+struct seat {
+    _Atomic(int) fd; /* -1: none */
+    struct seat *next;
+    atomic_bool taken;
+};
+
+enum fork_phase { FORK_WIPED = 0, FORK_CHANGING = 1, FORK_READY = 2 };
+struct fork_page {
+    a32_shm phase;
+};
+
+/* One seat node out of the process-wide list; NULL without memory. */
+struct seat *seat_take(void);
+/* Open the file of descriptor `slab_fd` anew, a description of its own, and put it into the seat; 0 or errno. */
+int seat_open(struct seat *seat, int slab_fd);
+void seat_close(struct seat *seat);
+void seat_give_back(struct seat *seat);
+
+/* A page that a fork wipes; NULL when the kernel has none (errno). */
+struct fork_page *fork_page_new(void);
+void fork_page_free(struct fork_page *page);
+
+/* Take the write lock of a byte; true when we have it (also when this description had it before). */
+bool byte_lock(int fd, int64_t byte);
+void byte_unlock(int fd, int64_t byte);
+/* Hold a read lock on the family byte for as long as `fd`'s description lives. */
+bool family_join(int fd);
+/* Does a description other than fd's hold a lock on the byte? Works with a read-only descriptor. */
+bool byte_is_locked(int fd, int64_t byte);
+
+#endif

@@ -1,0 +1,177 @@
+"""Opening one connection to a `Target`: resolve the name, try its addresses in turn, all within one timeout.
+
+What: `DialRequest` (what a `dial` is asked for), `dial_target` (the dial of a pool that was given a target) and
+`buckets_of` (the kinds of connection a target can ever give).
+
+Invariants: a socket that is not returned is closed, whatever is raised meanwhile; a returned one is connected, not
+inheritable and has the pool's timeout; a numeric host is never looked up. All waiting is in plain socket calls: they
+let other threads run, and a signal handler that raises ends them. The one exception is the resolver of libc, which
+has its own timeouts and runs handlers only when it is done.
+
+Not here: retries, backoff and the permit to dial (`pool`), and protocols spoken on the connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .config import IPVersion, PoolConfig, Protocol, Target
+from .errors import DialError, NoConnectionForIPVersion, NoConnectionForProtocol
+
+__all__ = ["DialRequest", "buckets_of", "dial_target"]
+
+_FAMILIES = {IPVersion.V4: socket.AF_INET, IPVersion.V6: socket.AF_INET6}
+_VERSIONS: dict[int, IPVersion] = {family: version for version, family in _FAMILIES.items()}
+_KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM, Protocol.UNIX: socket.SOCK_STREAM}
+
+
+@dataclass(frozen=True, slots=True)
+class DialRequest:
+    """What the pool asks of a `dial`: a connection of this kind (None: any), within `timeout` seconds.
+
+    `attempt` counts from 1. A dial that cannot give the kind raises `NoConnectionForProtocol` or
+    `NoConnectionForIPVersion`.
+    """
+
+    protocol: Protocol | None = None
+    ip_version: IPVersion | None = None
+    timeout: float = 10.0
+    attempt: int = 1
+    # Called by dial_target with each socket before it connects: the pool puts the descriptor where it outlives us.
+    _predeposit: Callable[[socket.socket], None] | None = field(default=None, repr=False, compare=False)
+
+
+class _Address(NamedTuple):
+    family: int
+    sockaddr: tuple[Any, ...] | str  # as getaddrinfo gives it; a path for unix
+
+    def __str__(self) -> str:
+        return str(self.sockaddr[0]) if isinstance(self.sockaddr, tuple) else self.sockaddr
+
+
+def buckets_of(target: Target) -> set[tuple[Protocol, IPVersion | None]]:
+    """Every (protocol, IP version) that connections to `target` can have; a host name may resolve to both versions."""
+    if target.scheme is Protocol.UNIX:
+        return {(Protocol.UNIX, None)}
+    version = target.numeric_version
+    return {(target.scheme, known) for known in IPVersion if version in (None, known)}
+
+
+def dial_target(target: Target, request: DialRequest, config: PoolConfig) -> socket.socket:
+    """A socket connected to the first address of `target` that answers.
+
+    The time that is left is shared evenly among the addresses that are left, so that a silent first one does not use
+    up the time of the others. Raises `DialError`, or the `NoConnectionFor…` errors for what `target` can never give.
+    """
+    started = time.monotonic()
+    deadline = started + request.timeout
+    _refuse_other_kinds(target, request)
+    tried: list[str] = []
+    cause: OSError | None = None
+    try:
+        addresses = _resolve(target, request.ip_version)
+        for index, address in enumerate(addresses):
+            left = deadline - time.monotonic()
+            try:
+                return _open(target.scheme, address, left / (len(addresses) - index), request, config)
+            except _AddressFailed as failed:
+                cause = failed.error
+                tried.append(f"{address}: {cause.strerror or cause}")
+    except socket.gaierror as error:
+        cause = error
+    waited = time.monotonic() - started
+    raise DialError(target=target.text, attempt=request.attempt, waited=waited, tried=tuple(tried)) from cause
+
+
+def _refuse_other_kinds(target: Target, request: DialRequest) -> None:
+    if request.protocol not in (None, target.scheme):
+        raise NoConnectionForProtocol(protocol=str(request.protocol), available=(target.scheme.value,))
+    available = tuple(sorted(int(version) for _, version in buckets_of(target) if version is not None))
+    if request.ip_version is not None and request.ip_version not in available:
+        raise NoConnectionForIPVersion(ip_version=int(request.ip_version), available=available)
+
+
+# Resolving ----------------------------------------------------------------------------------------------------------
+
+
+def _resolve(target: Target, version: IPVersion | None) -> list[_Address]:
+    """The addresses to try, in the resolver's order, each once. Raises socket.gaierror."""
+    if target.scheme is Protocol.UNIX:
+        return [_Address(socket.AF_UNIX, target.path)]
+    family = socket.AF_UNSPEC if version is None else _FAMILIES[version]
+    try:
+        return _lookup(target, family)
+    except socket.gaierror:
+        available = () if version is None else _versions(target)
+        if version is None or not available:
+            raise
+        raise NoConnectionForIPVersion(ip_version=int(version), available=available) from None
+
+
+def _lookup(target: Target, family: int) -> list[_Address]:
+    flags = 0 if target.numeric_version is None else socket.AI_NUMERICHOST
+    found = socket.getaddrinfo(target.host, target.port, family, _KINDS[target.scheme], flags=flags)
+    return list(dict.fromkeys(_Address(family, sockaddr) for family, _, _, _, sockaddr in found if family in _VERSIONS))
+
+
+def _versions(target: Target) -> tuple[int, ...]:
+    """The IP versions that the host has addresses of; none when the name is not known at all."""
+    try:
+        return tuple(sorted({int(_VERSIONS[family]) for family, _ in _lookup(target, socket.AF_UNSPEC)}))
+    except socket.gaierror:
+        return ()
+
+
+# Connecting ---------------------------------------------------------------------------------------------------------
+
+
+class _AddressFailed(Exception):
+    """This address did not answer; the next one may. Any other exception ends the dial."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _open(
+    protocol: Protocol, address: _Address, timeout: float, request: DialRequest, config: PoolConfig
+) -> socket.socket:
+    try:
+        sock = socket.socket(address.family, _KINDS[protocol])
+    except OSError as error:
+        raise _AddressFailed(error) from error
+    try:
+        if request._predeposit is not None:
+            request._predeposit(sock)
+        _connect(sock, protocol, address, timeout)
+        sock.settimeout(config.socket_timeout)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _connect(sock: socket.socket, protocol: Protocol, address: _Address, timeout: float) -> None:
+    try:
+        if timeout <= 0:
+            raise TimeoutError("no time left")
+        if protocol is Protocol.TCP:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.settimeout(timeout)
+        sock.connect(address.sockaddr)
+        # With nobody listening on a local port of the ephemeral range, the kernel may bind this very socket to that
+        # port, and TCP connects it to itself.
+        if protocol is Protocol.TCP and sock.getsockname() == sock.getpeername():
+            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    except OSError as error:
+        # A frame below this one is a signal handler's: its TimeoutError (the usual SIGALRM) is not the address's.
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise
+        raise _AddressFailed(error) from error

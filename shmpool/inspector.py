@@ -1,0 +1,288 @@
+"""Looking at pools from outside: `inspect(name)`, `list_pools()`, `unlink(name)`.
+
+    with shmpool.inspect("redis") as inspector:
+        print(inspector.stats().in_use)
+
+A segment is opened with `posix_ipc`, which registers with no resource tracker (one would unlink the live pool when
+this process ends), and mapped read-only: an inspector cannot change a pool, is no worker of it and holds no lock in it.
+
+A segment is not believed because of its name: anyone may put anything under any name into that directory. Looked at
+before it is opened, because opening a FIFO blocks: is it a regular file, of this user, for this user alone, under one
+name? (In a directory with the sticky bit nobody but root could exchange it then.) Looked at again through the
+descriptor; then the core checks magic, version, format and sizes. What does not fit is a `SlabCorrupt` that says why,
+or a `SlabVersionMismatch`; a name that nobody has, `PoolNotFound`; a name that nobody can have, `InvalidConfig`.
+
+Not here: what the figures mean (`stats`), and making or joining a pool (`pool`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import posix_ipc
+
+from . import _core
+from .config import _name as _name_problem
+from .errors import InvalidConfig, PoolError, PoolNotFound, SlabCorrupt, SlabVersionMismatch
+from .stats import PoolStats
+
+__all__ = ["Inspector", "PoolInUse", "PoolInfo", "inspect", "list_pools", "unlink"]
+
+SEGMENTS = Path("/dev/shm")  # where Linux keeps POSIX shared memory
+
+
+@dataclass(frozen=True)
+class PoolInfo:
+    """A segment that bears a pool's name. With an `error` (damaged, foreign) only name, alive and size are known."""
+
+    name: str
+    pid: int = 0  # who created it
+    alive: bool = False  # some process still has it
+    state: str = ""
+    size: int = 0  # bytes
+    max_connections: int = 0
+    target: str = ""
+    created_at: float = 0.0  # time.time()
+    error: str = ""
+
+
+@dataclass(eq=False, kw_only=True)
+class PoolInUse(PoolError):
+    """The pool cannot be removed: living processes use it."""
+
+    name: str = ""
+    pids: tuple[int, ...] = ()
+
+    def _text(self) -> str:
+        who = f"process{'es'[: 2 * (len(self.pids) > 1)]} {', '.join(map(str, self.pids))}" if self.pids else "processes"
+        return f"pool {self.name!r} is in use by {who}; stop them first, or use force (they go on, unseen, with the pool)"
+
+
+class Inspector:
+    """A read-only look at one pool; see `inspect`. A context manager."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._view = _open_view(name)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that the pool's segment says, as plain objects; `stats()` is for people."""
+        try:
+            return self._view.snapshot()
+        except ValueError as error:
+            if self._closed:
+                raise
+            raise SlabCorrupt(name=self.name, detail=str(error)) from error
+
+    def stats(self) -> PoolStats:
+        """The figures of this moment."""
+        return PoolStats.from_snapshot(self.snapshot())
+
+    @property
+    def alive(self) -> bool:
+        """Whether any process still has the pool."""
+        return self._view.in_use()
+
+    _closed = False
+
+    def close(self) -> None:
+        """Let go of the segment. Once more does nothing."""
+        self._closed = True
+        self._view.close()
+
+    def __enter__(self) -> Inspector:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Inspector of {self.name!r}{', closed' if self._closed else ''}>"
+
+
+def inspect(name: str) -> Inspector:
+    """A read-only look at the pool of that name. It never writes, and the pool does not notice."""
+    return Inspector(name)
+
+
+def list_pools() -> list[PoolInfo]:
+    """Every segment of this user that bears a pool's name, sorted; the damaged ones too, each with its `error`."""
+    return [info for name in sorted(_names()) if (info := _info(name)) is not None]
+
+
+def unlink(name: str, force: bool = False) -> None:
+    """Remove a segment that nobody uses, or with `force` any; damaged ones and what only bears the name as well.
+
+    Processes that have the pool go on with it after a forced removal; nobody can find it any more. Raises
+    `PoolInUse`, `PoolNotFound`, or `PoolError` when it may not be removed.
+    """
+    path = _path(name)
+    try:
+        if not force and stat.S_ISREG(os.lstat(path).st_mode):
+            _refuse_in_use(name)
+        posix_ipc.unlink_shared_memory(f"/{path.name}")
+    except (FileNotFoundError, posix_ipc.ExistentialError):
+        raise PoolNotFound(name=name) from None
+    except (OSError, posix_ipc.Error) as error:
+        raise _CannotRemove(path=str(path), reason=str(error) or type(error).__name__) from error
+
+
+@dataclass(eq=False, kw_only=True)
+class _CannotRemove(PoolError):
+    path: str = ""
+    reason: str = ""
+
+    def _text(self) -> str:
+        return f"{self.path} cannot be removed: {self.reason}"
+
+
+# Opening ------------------------------------------------------------------------------------------------------------
+
+
+def _path(name: str) -> Path:
+    if problem := _name_problem(name):
+        raise InvalidConfig(field="name", value=name, remedy=problem)
+    return SEGMENTS / f"shmpool-{os.getuid()}-{name}"
+
+
+def _names() -> Iterator[str]:
+    prefix = f"shmpool-{os.getuid()}-"
+    for entry in SEGMENTS.glob(f"{prefix}*"):
+        name = entry.name.removeprefix(prefix)
+        if not _name_problem(name):
+            yield name
+
+
+def _open_view(name: str) -> _core.SlabView:
+    fd = _open(name)
+    try:
+        return _core.SlabView(fd)
+    except ValueError as error:
+        why, is_version = error.args if len(error.args) == 2 else (str(error), False)
+        if is_version:
+            found, expected = _layouts(fd, why)
+            raise SlabVersionMismatch(name=name, found=found, expected=expected) from None
+        raise SlabCorrupt(name=name, detail=why) from None
+    except OSError as error:
+        raise SlabCorrupt(name=name, detail=f"it cannot be mapped: {error}") from error
+    finally:
+        os.close(fd)
+
+
+def _layouts(fd: int, why: str) -> tuple[object, object]:
+    """The version that the segment has and ours; when they are equal, it is the build that differs."""
+    version = int.from_bytes(os.pread(fd, 4, 8), "little")  # struct header_shm
+    if version != _core.SLAB_VERSION:
+        return f"version {version}", f"version {_core.SLAB_VERSION}"
+    return f"version {version} of another build", f"version {version} of this build"
+
+
+def _open(name: str) -> int:
+    """A read-only descriptor of the segment, whose status has been found good."""
+    path = _path(name)
+    try:
+        _check_status(name, os.lstat(path))
+        memory = posix_ipc.SharedMemory(f"/{path.name}", read_only=True)
+    except (FileNotFoundError, posix_ipc.ExistentialError):
+        raise PoolNotFound(name=name) from None
+    except (OSError, posix_ipc.Error) as error:
+        raise SlabCorrupt(name=name, detail=f"it cannot be opened: {error}") from error
+    fd: int = memory.fd
+    try:
+        _check_status(name, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_status(name: str, status: os.stat_result) -> None:
+    if wrong := _wrong_status(status):
+        raise SlabCorrupt(name=name, detail=wrong)
+
+
+def _wrong_status(status: os.stat_result) -> str:
+    mode = stat.S_IMODE(status.st_mode)
+    if not stat.S_ISREG(status.st_mode):
+        return f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no regular file')}, not shared memory"
+    if status.st_uid != os.getuid():
+        return f"it belongs to user {status.st_uid}, not to this one ({os.getuid()})"
+    if mode & 0o077:
+        return f"its mode {mode:04o} lets other users in (a pool has 0600)"
+    if status.st_nlink != 1:
+        return f"it has {status.st_nlink} names (a pool has one)"
+    return ""
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+# Looking around -----------------------------------------------------------------------------------------------------
+
+
+def _info(name: str) -> PoolInfo | None:
+    """None: it has gone meanwhile."""
+    try:
+        with Inspector(name) as inspector:
+            snapshot = inspector.snapshot()
+            return PoolInfo(
+                name=name,
+                pid=snapshot["creator_pid"],
+                alive=inspector.alive,
+                state=snapshot["state"],
+                size=snapshot["size"],
+                max_connections=snapshot["max_connections"],
+                target=snapshot["target"],
+                created_at=snapshot["created_at"],
+            )
+    except PoolNotFound:
+        return None
+    except PoolError as error:
+        return PoolInfo(name=name, alive=_in_use(name), size=_size(name), error=re.sub(r"\s+", " ", str(error)))
+
+
+def _size(name: str) -> int:
+    try:
+        return os.lstat(_path(name)).st_size
+    except OSError:
+        return 0
+
+
+def _in_use(name: str) -> bool:
+    """Whether any process has the segment, be its contents sound or not. What is no segment of ours, nobody has."""
+    try:
+        fd = _open(name)
+    except PoolError:
+        return False
+    try:
+        return _core.byte_is_locked(fd, _core.FAMILY_BYTE)
+    finally:
+        os.close(fd)
+
+
+def _refuse_in_use(name: str) -> None:
+    if not _in_use(name):
+        return
+    pids: tuple[int, ...] = ()
+    try:
+        with Inspector(name) as inspector:
+            pids = tuple(worker.pid for worker in inspector.stats().workers if worker.alive)
+    except PoolError:  # damaged, and in use nevertheless: by whom is not to be known
+        pids = ()
+    raise PoolInUse(name=name, pids=pids)

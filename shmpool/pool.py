@@ -1,0 +1,472 @@
+"""`Pool`: the Python half of a pool, and the policy that the C core asks for.
+
+    get() -> core (core/pool.c: cache, free-list, steal, queue) --(an empty slot is ours)--> _dial -> core
+
+The core calls the methods marked "for the core" below, with the slot in its hands. They may raise; the core gives the
+slot back. Everything shared between processes is in the core; a Pool object has only settings.
+
+Not here: the order of get() (core/pool.c), leases (core/module.c), opening a connection to a target (dialing).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import random
+import resource
+import secrets
+import socket
+import struct
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from . import _core, slab
+from .config import IPVersion, PoolConfig, Protocol, Target
+from .dialing import DialRequest, buckets_of, dial_target
+from .errors import (
+    DialError,
+    InvalidConfig,
+    NoConnectionForIPVersion,
+    NoConnectionForProtocol,
+    PoolClosed,
+    PoolError,
+    PoolExhausted,
+    PoolTimeout,
+    SlabCorrupt,
+)
+from .stats import PoolStats
+
+# The order is that of the slab (SHM_BUCKETS in core/slab.h).
+BUCKETS: tuple[tuple[Protocol, IPVersion | None], ...] = (
+    (Protocol.TCP, IPVersion.V4),
+    (Protocol.TCP, IPVersion.V6),
+    (Protocol.UDP, IPVersion.V4),
+    (Protocol.UDP, IPVersion.V6),
+    (Protocol.UNIX, None),
+)
+_FAMILIES = {socket.AF_INET: IPVersion.V4, socket.AF_INET6: IPVersion.V6}
+_PROTOCOLS = {socket.SOCK_STREAM: Protocol.TCP, socket.SOCK_DGRAM: Protocol.UDP}
+_LIFETIME_JITTER = 0.1  # connections of one birth end within this share of their lifetime
+_SPARE_DESCRIPTORS = 64  # left to the rest of the process when the limit is checked
+_CLOSE_POLL_S = 0.002
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+class PooledSocket(socket.socket):
+    """A socket of the pool: an ordinary one that notes when its holder changes what the next holder relies on."""
+
+    __slots__ = ("_mark",)
+    CHANGED, RUINED = 1, 2
+
+    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
+        super().__init__(family, type, proto, fileno)
+        self._mark = bytearray(1)
+
+    def settimeout(self, value: float | None, /) -> None:
+        self._mark[0] |= self.CHANGED
+        super().settimeout(value)
+
+    def setblocking(self, flag: bool, /) -> None:
+        self._mark[0] |= self.CHANGED
+        super().setblocking(flag)
+
+    def shutdown(self, how: int, /) -> None:
+        self._mark[0] |= self.RUINED
+        super().shutdown(how)
+
+    def close(self) -> None:
+        self._mark[0] |= self.RUINED
+        super().close()
+
+    def detach(self) -> int:
+        self._mark[0] |= self.RUINED
+        return super().detach()
+
+
+class Pool(_core.PoolBase):
+    """One pool of connections for this process and all its forked children, under one cap.
+
+        pool = Pool("tcp://127.0.0.1:6379", max_connections=32)     # before the fork
+        with pool.get() as conn:
+            conn.socket.sendall(b"PING\\r\\n")
+
+    `target` is `tcp://host:port`, `udp://host:port` or `unix:///path`; instead of it `dial=` takes a callable that
+    returns a connected socket, or (socket, metadata bytes). Other keywords are the fields of PoolConfig; or give a
+    whole one as `config=`. Raises InvalidConfig (all problems at once), PoolExists (a living pool has the `name`).
+
+    Threads share a Pool; forked children use the one they inherited, without a call. `close()` ends it for all
+    processes; a process that merely exits leaves it to the others.
+    """
+
+    __slots__ = ("__weakref__", "_closing", "_config", "_inode", "_name", "_owner_pid", "_target")
+
+    def __init__(self, target: str | None = None, *, config: PoolConfig | None = None, **settings: Any) -> None:
+        if config is None:
+            config = PoolConfig.from_dict({"target": target, **settings})
+        elif target is not None or settings:
+            given = ", ".join(["target"] * (target is not None) + sorted(settings))
+            remedy = "give config=, or the settings themselves; config.replace(...) changes single ones"
+            raise InvalidConfig(field="config", value=given, remedy=remedy)
+        self._config = config
+        self._target = Target.parse(config.target) if config.target is not None else None
+        self._name = config.name or f"{os.getpid()}-{secrets.token_hex(4)}"
+        _reserve_descriptors(config.max_connections)
+        slab.reap()
+        self._make_slab()
+        _pools.add(self)
+
+    def _make_slab(self) -> None:
+        config = self._config
+        capacities = (config.max_connections, config.max_workers, config.max_waiters)
+        size, _, _ = _core.layout(*capacities)
+        fd, path = slab.create(size)
+        try:
+            self._inode = os.fstat(fd).st_ino
+            target = self._target.text if self._target else _name_of(config.dial)
+            identity = (os.urandom(16), time.time(), os.getuid(), self._name, target[:255], config.to_json()[:2047])
+            options = (
+                config.local_cache_size,
+                config.alive_bypass,
+                config.idle_timeout,
+                config.clear_udp_buffer,
+                config.udp_clear_timeout,
+                config.udp_clear_max_packets,
+                config.stats,
+            )
+            self._create(
+                fd, capacities, identity, options, config.get_timeout, self._whole_mask(), config.on_borrow, config.on_return
+            )
+        except BaseException:
+            os.unlink(path)
+            os.close(fd)
+            raise
+        try:
+            slab.publish(path, self._name)
+        except BaseException:
+            self._leave()
+            os.unlink(path)
+            raise
+
+    # ---- what is asked of a pool ------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The name that `shmpool stats NAME` takes; a random one when none was given."""
+        return self._name
+
+    @property
+    def config(self) -> PoolConfig:
+        return self._config
+
+    @property
+    def closed(self) -> bool:
+        """Whether the pool was closed, by whichever process."""
+        return not self._is_open()
+
+    def get_tcp(self, timeout: float | None = None) -> _core.PooledConnection:
+        """`get(protocol="tcp")`."""
+        return self.get(timeout, Protocol.TCP)
+
+    def get_udp(self, timeout: float | None = None) -> _core.PooledConnection:
+        """`get(protocol="udp")`."""
+        return self.get(timeout, Protocol.UDP)
+
+    def get_ipv4(self, timeout: float | None = None) -> _core.PooledConnection:
+        """`get(ip_version=4)`."""
+        return self.get(timeout, None, IPVersion.V4)
+
+    def get_ipv6(self, timeout: float | None = None) -> _core.PooledConnection:
+        """`get(ip_version=6)`."""
+        return self.get(timeout, None, IPVersion.V6)
+
+    def stats(self) -> PoolStats:
+        """One snapshot over all processes. Takes no lock and writes nothing."""
+        return PoolStats.from_snapshot(self._snapshot())
+
+    def maintain(self) -> None:
+        """Do now what is due: take back what dead processes held, retire connections past `max_lifetime` or
+        `idle_timeout`, close this process's copies of ended connections, open new ones up to `min_connections`.
+
+        Any process may call it, at any time and at once with others. Raises DialError when the server cannot be
+        reached, PoolClosed after close().
+        """
+        if self.closed:
+            raise PoolClosed(pool=self._name)
+        self._recover()
+        self._expire()
+        self._close_stale()
+        while self._open_connections() < self._config.effective_min_connections:
+            lease = self._open(self._whole_mask())
+            if lease is None:
+                break
+            lease.release()
+
+    def close(self, timeout: float = 0.0) -> int:
+        """Close the pool for all processes; returns how many leases are still out.
+
+        Idle connections are retired at once, waiting calls get PoolClosed in every process, and so does each get() from
+        now on. Leased connections stay with their holders and are retired at release; `timeout` seconds are spent
+        waiting for that. The pool's name is free when this returns. Closing a closed pool does nothing.
+        """
+        deadline = time.monotonic() + timeout
+        self._shut()
+        slab.remove_own(self._name, self._inode)
+        while (out := self._leases_out()) and time.monotonic() < deadline:
+            time.sleep(_CLOSE_POLL_S)
+        self._finish()
+        return out
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        source = self._target.text if self._target else _name_of(self._config.dial)
+        state = "closed" if self.closed else "open"
+        return f"<shmpool.Pool {self._name!r} to {source}, {state}, max_connections={self._config.max_connections}>"
+
+    def __del__(self) -> None:
+        # Not made when the constructor raised; at interpreter exit the modules may be gone.
+        if hasattr(self, "_inode") and not sys.is_finalizing():
+            self._go()
+
+    def _go(self) -> None:
+        """This process takes no further part; the last one of the family removes the name."""
+        self._leave()
+        slab.remove_remains(self._name)
+
+    def _leases_out(self) -> int:
+        counts = self._counts()
+        return counts["leased"] + counts["dialing"] + counts["checking"]
+
+    def _open_connections(self) -> int:
+        counts = self._counts()
+        return sum(counts.values()) - counts["empty"] - counts["retiring"]
+
+    # ---- for the core -----------------------------------------------------------------------------------------------
+
+    def _whole_mask(self) -> int:
+        """The buckets that this pool can ever have."""
+        kinds = set(BUCKETS) if self._target is None else buckets_of(self._target)
+        return sum(1 << index for index, kind in enumerate(BUCKETS) if kind in kinds)
+
+    def _mask(self, protocol: Protocol | str | None, ip_version: IPVersion | int | None) -> int:
+        """The buckets of a request; raises when the pool can never serve it."""
+        whole = [kind for index, kind in enumerate(BUCKETS) if self._whole_mask() >> index & 1]
+        by_protocol = [kind for kind in whole if protocol is None or kind[0] == protocol]
+        if not by_protocol:
+            available = tuple(dict.fromkeys(kind[0].value for kind in whole))
+            raise NoConnectionForProtocol(protocol=str(protocol), available=available)
+        fitting = [kind for kind in by_protocol if ip_version is None or kind[1] == ip_version]
+        if not fitting:
+            versions = tuple(sorted({int(kind[1]) for kind in by_protocol if kind[1] is not None}))
+            raise NoConnectionForIPVersion(ip_version=_as_int(ip_version), available=versions)
+        return sum(1 << BUCKETS.index(kind) for kind in fitting)
+
+    def _protocol_of(self, bucket: int) -> Protocol:
+        return BUCKETS[bucket][0]
+
+    def _ip_version_of(self, bucket: int) -> IPVersion | None:
+        return BUCKETS[bucket][1]
+
+    def _wrap(self, fd: int, _bucket: int) -> tuple[PooledSocket, bytearray]:
+        """This process's socket for a descriptor from a mailbox."""
+        sock = PooledSocket(fileno=fd)
+        self._restore(sock)
+        return sock, sock._mark
+
+    def _restore(self, sock: socket.socket) -> bool:
+        """Give a socket the pool's mode again; False when its holder has ended it."""
+        mark = sock._mark if isinstance(sock, PooledSocket) else None
+        if sock.fileno() < 0 or (mark is not None and mark[0] & PooledSocket.RUINED):
+            return False
+        if sock.gettimeout() != self._config.socket_timeout or mark is not None:
+            sock.settimeout(self._config.socket_timeout)
+        if mark is not None:
+            mark[0] = 0
+        return True
+
+    def _peer(self, bucket: int, address: bytes, sock: socket.socket) -> tuple[str, int] | str:
+        version = BUCKETS[bucket][1]
+        if version is None:
+            return _unix_path(sock, self._target)
+        family, size = (socket.AF_INET, 4) if version is IPVersion.V4 else (socket.AF_INET6, 16)
+        (port,) = struct.unpack_from("!H", address, 16)
+        return socket.inet_ntop(family, address[:size]), port
+
+    def _error(self, kind: str, mask: int, waited: float, timeout: float) -> PoolError:
+        """The exception for something the core cannot give."""
+        if kind == "closed":
+            return PoolClosed(pool=self._name)
+        if kind == "damaged":
+            return SlabCorrupt(name=self._name, detail="a slot is in a state that does not exist")
+        counts = self._counts()
+        if kind == "timeout":
+            protocol, version = self._wanted(mask)
+            wanted = {"protocol": protocol and protocol.value, "ip_version": version and int(version)}
+            return PoolTimeout(waited=waited, timeout=timeout, counts=counts, **wanted)
+        limits = {
+            "exhausted": ("all connections are in use", self._config.max_connections),
+            "waiters": ("the waiter limit is reached", self._config.max_waiters),
+            "workers": ("the worker limit is reached: each process that uses the pool counts", self._config.max_workers),
+        }
+        reason, limit = limits[kind]
+        return PoolExhausted(reason=reason, counts=counts, limit=limit)
+
+    def _wanted(self, mask: int) -> tuple[Protocol | None, IPVersion | None]:
+        """The protocol and version that all buckets of a mask have in common."""
+        kinds = [kind for index, kind in enumerate(BUCKETS) if mask >> index & 1]
+        protocols, versions = {kind[0] for kind in kinds}, {kind[1] for kind in kinds}
+        return (protocols.pop() if len(protocols) == 1 else None, versions.pop() if len(versions) == 1 else None)
+
+    def _dial(self, mask: int, left: float, slot: int, connection: int, waited: float) -> tuple[Any, ...]:
+        """Open the connection number `connection` for `slot`: `dial_retries` more times after a failure, within `left` seconds."""
+        config = self._config
+        deadline = time.monotonic() + left
+        protocol, version = self._wanted(mask)
+        pause = config.dial_backoff[0]
+        for attempt in range(1, config.dial_retries + 2):
+            timeout = min(config.connection_timeout, max(0.0, deadline - time.monotonic()))
+            mailed: list[bool] = []
+
+            def predeposit(sock: socket.socket, mailed: list[bool] = mailed) -> None:
+                mailed[:] = [self._mail(slot, connection, sock.fileno())]
+
+            request = DialRequest(protocol, version, timeout, attempt, predeposit)
+            try:
+                return self._accept(*self._call_dial(request), mask, mailed == [True])
+            except DialError as error:
+                now = time.monotonic()
+                if now >= deadline:
+                    total = waited + left
+                    counts = self._counts()
+                    raise PoolTimeout(waited=now - deadline + total, timeout=total, counts=counts) from error
+                if attempt > config.dial_retries:
+                    raise
+                time.sleep(min(pause * random.uniform(0.5, 1.0), deadline - now))
+                pause = min(pause * 2, config.dial_backoff[1])
+        raise AssertionError("range() of the attempts is never empty")
+
+    def _call_dial(self, request: DialRequest) -> tuple[socket.socket, bytes]:
+        """Call the dial of this pool; every failure of it is a DialError with its cause."""
+        if self._target is not None:
+            return dial_target(self._target, request, self._config), b""
+        dial = self._config.dial
+        assert dial is not None
+        started = time.monotonic()
+        try:
+            result = dial(request)
+            sock, metadata = result if isinstance(result, tuple) else (result, b"")
+            if not isinstance(sock, socket.socket) or not isinstance(metadata, bytes):
+                raise TypeError(f"dial must return a socket, or (socket, bytes), not {result!r:.200}")
+            if sock.fileno() < 0:
+                raise ValueError("dial returned a closed socket")
+            if len(metadata) > _core.MAX_METADATA:
+                sock.close()
+                raise ValueError(f"dial returned {len(metadata)} bytes of metadata; {_core.MAX_METADATA} is the most")
+        except PoolError:
+            raise
+        except Exception as error:
+            waited = time.monotonic() - started
+            raise DialError(target=_name_of(dial), attempt=request.attempt, waited=waited) from error
+        return sock, metadata
+
+    def _accept(self, sock: socket.socket, metadata: bytes, mask: int, mailed: bool) -> tuple[Any, ...]:
+        """Take a dialled socket over: what the core's install() wants."""
+        try:
+            bucket, address = _kind_of(sock)
+            if not mask >> bucket & 1:
+                protocol, version = BUCKETS[bucket]
+                wanted = self._wanted(mask)
+                if wanted[0] not in (None, protocol):
+                    raise NoConnectionForProtocol(protocol=str(wanted[0]), available=(protocol.value,))
+                raise NoConnectionForIPVersion(ip_version=_as_int(wanted[1]), available=_versions(version))
+            private = _is_private(sock)
+            ours = sock if private else PooledSocket(fileno=sock.detach())
+            sock = ours
+            self._restore(ours)
+            mark = ours._mark if isinstance(ours, PooledSocket) else bytearray(1)
+            lifetime = self._config.max_lifetime * random.uniform(1 - _LIFETIME_JITTER, 1)
+            return ours, mark, ours.fileno(), bucket, private, mailed and not metadata, lifetime, address, metadata
+        except BaseException:
+            sock.close()
+            raise
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _as_int(version: IPVersion | int | None) -> int:
+    return int(version) if isinstance(version, int) else 0
+
+
+def _versions(version: IPVersion | None) -> tuple[int, ...]:
+    return () if version is None else (int(version),)
+
+
+def _name_of(dial: Callable[..., object] | None) -> str:
+    return f"{getattr(dial, '__module__', '?')}.{getattr(dial, '__qualname__', repr(dial))}"
+
+
+def _is_private(sock: socket.socket) -> bool:
+    """TLS state lives in one process's memory. ssl is not imported for the question."""
+    ssl = sys.modules.get("ssl")
+    return ssl is not None and isinstance(sock, ssl.SSLSocket)
+
+
+def _kind_of(sock: socket.socket) -> tuple[int, bytes]:
+    """The bucket of a connected socket, and its peer as the slab stores it: address, port, nothing for unix."""
+    if sock.family == socket.AF_UNIX:
+        return BUCKETS.index((Protocol.UNIX, None)), bytes(24)
+    kind = (_PROTOCOLS.get(sock.type), _FAMILIES.get(sock.family))
+    if kind not in BUCKETS:
+        error = ValueError(f"dial must return a TCP, UDP or unix socket, not {sock.family!r} {sock.type!r}")
+        raise DialError(target="dial") from error
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError as error:
+        raise DialError(target="dial") from error
+    packed = socket.inet_pton(sock.family, host.partition("%")[0])
+    return BUCKETS.index(kind), packed.ljust(16, b"\0") + struct.pack("!H6x", port)
+
+
+def _unix_path(sock: socket.socket, target: Target | None) -> str:
+    if target is not None:
+        return target.path
+    with contextlib.suppress(OSError):
+        name = sock.getpeername()
+        return name if isinstance(name, str) else "\0" + bytes(name)[1:].decode(errors="replace")
+    return ""
+
+
+def _reserve_descriptors(connections: int) -> None:
+    """Each process needs a mailbox and a copy for each connection: see that the limit allows it, raise the soft one."""
+    in_use = len(os.listdir("/proc/self/fd"))
+    needed = in_use + 2 * connections + _SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        remedy = (
+            f"each process needs {needed} descriptors (two a connection, {in_use} are open, {_SPARE_DESCRIPTORS} spare), but "
+            f"the hard limit is {hard}; lower max_connections to {max(0, (hard - in_use - _SPARE_DESCRIPTORS) // 2)} or raise "
+            "the limit (ulimit -Hn, LimitNOFILE=)"
+        )
+        raise InvalidConfig(field="max_connections", value=connections, remedy=remedy)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+@atexit.register
+def _leave_at_exit() -> None:
+    for pool in list(_pools):
+        pool._go()

@@ -1,0 +1,456 @@
+"""What a snapshot of a pool says, in seconds and names: `PoolStats`, its `workers` and its `slots`.
+
+    stats = pool.stats()                          # or shmpool.inspect("redis").stats()
+    stats.in_use, stats.waiting, stats.get_latency.p99
+    change = later.diff(earlier)
+    change.gets / change.interval                 # gets a second, between the two
+
+A snapshot is a plain dict that the core makes; everything here is computed from it and nothing is asked again, so the
+figures of one `PoolStats` belong together as far as a pool that is never stopped for looking allows. Gauges
+(connections by state, waiting) are of the moment; counters and latencies are of `interval` seconds: the pool's
+life, or the time between two snapshots. Counters of a worker belong to its index, and go on when a new process takes
+the index over: sums over `workers` are sums over all processes, living and departed.
+
+Invariants: a counter of the core that is a field here bears the same name (`slab.h` has the list, with what each
+counts). A damaged slab may yield senseless figures, never an exception.
+
+Not here: taking the snapshot (the core, `inspector`), and showing it (`cli`).
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+__all__ = ["ConnectionStats", "Latency", "PoolStats", "WorkerStats"]
+
+# Counters of a worker that say where a lease came from, and those that say why a call got none.
+SOURCES = ("hits", "freelist", "steals", "dials", "handovers")
+FAILURES = ("timeouts", "exhausted", "refused", "dial_errors", "interrupted")
+# Of a slot, in the order of slot.h.
+STATES = ("empty", "dialing", "leased", "idle", "checking", "retiring", "offered")
+# What a worker has in its hands, as against what lies idle.
+HELD = frozenset({"leased", "dialing", "checking", "retiring", "offered"})
+# States in which the row describes the connection that is there, not the one before.
+_DESCRIBED = HELD - {"dialing"} | {"idle"}
+
+_BUCKETS: tuple[tuple[str, int | None], ...] = (("tcp", 4), ("tcp", 6), ("udp", 4), ("udp", 6), ("unix", None))
+_FLAGS = ("private", "unmailed")
+_CLOSED = "closed_"
+
+# (lower, upper, count) of a bucket; nanoseconds
+_Histogram = Sequence[tuple[int, int, int]]
+
+
+class _Record:
+    """What all of these have in common: they become plain JSON-able dicts, their computed figures included."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    _computed: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure by name, in types that JSON has."""
+        names = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
+        return {name: _plain(getattr(self, name)) for name in (*names, *self._computed)}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, _Record):
+        return value.to_dict()
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class Latency(_Record):
+    """A distribution of times in seconds. Each figure is the middle of its bucket: at most 1.6 % off."""
+
+    count: int = 0
+    mean: float = 0.0
+    p50: float = 0.0
+    p95: float = 0.0
+    p99: float = 0.0
+    p999: float = 0.0
+    max: float = 0.0
+
+    @classmethod
+    def from_histogram(cls, histogram: _Histogram) -> Latency:
+        """The figures of [(lower ns, upper ns, count), ...]."""
+        rows = sorted(row for row in histogram if row[2] > 0)
+        count = sum(row[2] for row in rows)
+        if not count:
+            return cls()
+        mean = sum(_middle(row) * row[2] for row in rows) / count
+        p50, p95, p99, p999 = (_percentile(rows, count, share) for share in (0.5, 0.95, 0.99, 0.999))
+        return cls(count, mean, p50, p95, p99, p999, _middle(rows[-1]))
+
+
+def _middle(row: tuple[int, int, int]) -> float:
+    return (row[0] + row[1]) / 2e9
+
+
+def _percentile(rows: _Histogram, count: int, share: float) -> float:
+    """The bucket that holds the value at rank ceil(share * count)."""
+    rank = math.ceil(share * count)
+    for row in rows:
+        rank -= row[2]
+        if rank <= 0:
+            return _middle(row)
+    return _middle(rows[-1])
+
+
+@dataclass(frozen=True)
+class WorkerStats(_Record):
+    """A worker index: the process that has it now, or had it last, and all that was counted under it.
+
+    `held` are the slots in its hands, `cached` those idle in its local cache (others may take them), `waiting` its
+    threads in the queue. `counters` are those of the core, by name.
+    """
+
+    index: int
+    pid: int
+    alive: bool
+    age: float
+    generation: int
+    counters: Mapping[str, int]
+    held: int
+    cached: int
+    waiting: int
+    get_latency: Latency
+    use_latency: Latency
+
+    _computed: ClassVar[tuple[str, ...]] = ("gets", "successes", "hit_rate")
+
+    @property
+    def gets(self) -> int:
+        """Calls of get() and try_get(), however they ended."""
+        return self.successes + _sum(self.counters, FAILURES)
+
+    @property
+    def successes(self) -> int:
+        """Leases."""
+        return _sum(self.counters, SOURCES)
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of leases that came out of the local cache."""
+        return _ratio(self.counters.get("hits", 0), self.successes)
+
+
+@dataclass(frozen=True)
+class ConnectionStats(_Record):
+    """A slot that is not empty. Times in seconds; None where the state has none.
+
+    `holder` is the pid that has it in its hands, `cached_by` the pid in whose local cache it lies idle. `since` is how
+    long it has been leased, or unused. `flags`: "private" (only one process can use it), "unmailed" (its descriptor
+    could not be deposited).
+    """
+
+    index: int
+    id: int
+    state: str
+    holder: int | None
+    cached_by: int | None
+    protocol: str
+    ip_version: int | None
+    peer: str
+    age: float | None
+    since: float | None
+    uses: int
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PoolStats(_Record):
+    """All of a pool, over all its processes. Counters are of the last `interval` seconds (the pool's life at first)."""
+
+    name: str
+    target: str
+    state: str
+    pid: int  # who created it
+    created_at: float  # time.time()
+    interval: float
+    max_connections: int
+
+    # the moment
+    connections: dict[str, int]  # slots by state
+    waiting: int
+    oldest_wait: float
+
+    # how calls of get() ended: leases by source, failures by kind
+    hits: int
+    freelist: int
+    steals: int
+    dials: int
+    handovers: int
+    timeouts: int
+    exhausted: int
+    refused: int
+    dial_errors: int
+    interrupted: int
+
+    # what else happened in the workers
+    waits: int
+    wait_ns: int
+    mailbox_reads: int
+    bad_letters: int
+    checks: int
+    errors: int
+
+    # what happened to connections
+    created: int
+    closed: dict[str, int]  # by reason
+    dial_attempts: int
+    dial_failures: int
+    failed_deposits: int
+    health_checks: int
+    health_failures: int
+    leaks: int
+
+    # what was taken back from the dead
+    recoveries: int
+    recovered_leases: int
+    recovered_offers: int
+    recovered_waiters: int
+
+    # seconds
+    get_latency: Latency  # call of get() to its return
+    wait_latency: Latency  # in the queue
+    use_latency: Latency  # lease to release
+    dial_latency: Latency
+
+    workers: tuple[WorkerStats, ...]
+    slots: tuple[ConnectionStats, ...]  # those that are not empty
+
+    _snapshot: Mapping[str, Any] = field(repr=False, compare=False)
+
+    _computed: ClassVar[tuple[str, ...]] = ("open", "in_use", "idle", "gets", "successes", "hit_rate", "utilisation", "reuse_average")
+
+    @classmethod
+    def from_snapshot(cls, snapshot: Mapping[str, Any]) -> PoolStats:
+        """The figures of a dict that the core's `snapshot()` made."""
+        workers, slots, waiters = (_rows(snapshot, what) for what in ("worker", "slot", "waiter"))
+        counters: Counter[str] = Counter(snapshot["totals"])
+        for worker in workers:
+            counters.update(worker["counters"])
+        states = dict.fromkeys(STATES, 0) | Counter(str(slot["state"]) for slot in slots)
+        known = {each.name for each in fields(cls)}
+        return cls(
+            name=snapshot["name"],
+            target=snapshot["target"],
+            state=snapshot["state"],
+            pid=snapshot["creator_pid"],
+            created_at=snapshot["created_at"],
+            interval=_interval(snapshot),
+            max_connections=snapshot["max_connections"],
+            connections=states,
+            waiting=len(waiters),
+            oldest_wait=max((_elapsed(snapshot, waiter["since_ns"]) for waiter in waiters), default=0.0),
+            closed={name.removeprefix(_CLOSED): n for name, n in counters.items() if name.startswith(_CLOSED)},
+            get_latency=Latency.from_histogram(_merged(worker["get_hist"] for worker in workers)),
+            wait_latency=Latency.from_histogram(snapshot["wait_hist"]),
+            use_latency=Latency.from_histogram(_merged(worker["use_hist"] for worker in workers)),
+            dial_latency=Latency.from_histogram(snapshot["dial_hist"]),
+            workers=_worker_stats(snapshot, workers, slots, waiters),
+            slots=_connection_stats(snapshot, slots, workers),
+            _snapshot=snapshot,
+            **{name: counters[name] for name in counters if name in known},
+        )
+
+    def diff(self, earlier: PoolStats) -> PoolStats:
+        """What happened since `earlier`: its counters and latencies taken off, `interval` the seconds between.
+
+        Gauges stay those of the moment. An `earlier` of another pool, of the same name even, takes nothing off.
+        """
+        return PoolStats.from_snapshot(_difference(self._snapshot, earlier._snapshot))
+
+    def per_second(self, count: float) -> float:
+        """A count of this interval as a rate."""
+        return _ratio(count, self.interval)
+
+    @property
+    def open(self) -> int:
+        """Slots that are not empty: the connections there are, or are being opened or closed."""
+        return sum(self.connections.values()) - self.connections.get("empty", 0)
+
+    @property
+    def in_use(self) -> int:
+        """Connections that are leased, or on their way to a waiter."""
+        return self.connections.get("leased", 0) + self.connections.get("offered", 0)
+
+    @property
+    def idle(self) -> int:
+        """Connections that anyone may lease."""
+        return self.connections.get("idle", 0)
+
+    @property
+    def gets(self) -> int:
+        """Calls of get() and try_get(), however they ended."""
+        return self.successes + sum(getattr(self, name) for name in FAILURES)
+
+    @property
+    def successes(self) -> int:
+        """Leases."""
+        return sum(getattr(self, name) for name in SOURCES)
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of leases that came out of the worker's own cache."""
+        return _ratio(self.hits, self.successes)
+
+    @property
+    def utilisation(self) -> float:
+        """The share of `max_connections` in use."""
+        return _ratio(self.in_use, self.max_connections)
+
+    @property
+    def reuse_average(self) -> float:
+        """Leases a connection."""
+        return _ratio(self.successes, self.created)
+
+
+# From rows of the snapshot to the records ---------------------------------------------------------------------------
+
+
+def _rows(snapshot: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+    names = snapshot[f"{what}_fields"]
+    return [dict(zip(names, row, strict=True)) for row in snapshot[f"{what}s"]]
+
+
+def _worker_stats(
+    snapshot: Mapping[str, Any],
+    workers: list[dict[str, Any]],
+    slots: list[dict[str, Any]],
+    waiters: list[dict[str, Any]],
+) -> tuple[WorkerStats, ...]:
+    held = Counter(slot["owner"] for slot in slots if slot["state"] in HELD)
+    cached = Counter(slot["owner"] for slot in slots if slot["state"] == "idle")
+    waiting = Counter(waiter["worker"] for waiter in waiters)
+    return tuple(
+        WorkerStats(
+            index=worker["index"],
+            pid=worker["pid"],
+            alive=worker["alive"],
+            age=_elapsed(snapshot, worker["started_ns"]),
+            generation=worker["generation"],
+            counters=worker["counters"],
+            held=held[worker["index"]],
+            cached=cached[worker["index"]],
+            waiting=waiting[worker["index"]],
+            get_latency=Latency.from_histogram(worker["get_hist"]),
+            use_latency=Latency.from_histogram(worker["use_hist"]),
+        )
+        for worker in workers
+    )
+
+
+def _connection_stats(
+    snapshot: Mapping[str, Any], slots: list[dict[str, Any]], workers: list[dict[str, Any]]
+) -> tuple[ConnectionStats, ...]:
+    pids = {worker["index"]: int(worker["pid"]) for worker in workers}
+    unix_path = str(snapshot["target"]).removeprefix("unix://") if snapshot["target"].startswith("unix://") else ""
+    found = []
+    for slot in slots:
+        if slot["state"] == "empty":
+            continue
+        described = slot["state"] in _DESCRIBED
+        protocol, ip_version = _BUCKETS[slot["bucket"]] if slot["bucket"] < len(_BUCKETS) else ("?", None)
+        changed_ns = slot["leased_ns"] if slot["state"] == "leased" else slot["last_used_ns"] or slot["created_ns"]
+        pid = pids.get(slot["owner"])
+        found.append(
+            ConnectionStats(
+                index=slot["index"],
+                id=slot["id"],
+                state=slot["state"],
+                holder=pid if slot["state"] in HELD else None,
+                cached_by=pid if slot["state"] == "idle" else None,
+                protocol=protocol if described else "",
+                ip_version=ip_version if described else None,
+                peer=_peer_text(protocol, ip_version, slot["peer"], unix_path) if described else "",
+                age=_elapsed(snapshot, slot["created_ns"]) if described else None,
+                since=_elapsed(snapshot, changed_ns) if described else None,
+                uses=slot["uses"] if described else 0,
+                flags=tuple(name for bit, name in enumerate(_FLAGS) if slot["flags"] >> bit & 1) if described else (),
+            )
+        )
+    return tuple(found)
+
+
+def _peer_text(protocol: str, ip_version: int | None, peer: bytes, unix_path: str) -> str:
+    if protocol == "unix":
+        return unix_path
+    port = int.from_bytes(peer[16:18], "big")
+    if ip_version == 6:
+        return f"[{socket.inet_ntop(socket.AF_INET6, peer[:16])}]:{port}"
+    return f"{socket.inet_ntop(socket.AF_INET, peer[:4])}:{port}"
+
+
+def _elapsed(snapshot: Mapping[str, Any], since_ns: int) -> float:
+    """Seconds from then to the snapshot; 0 for never, and for what the coarse clock puts after it."""
+    return max(0, int(snapshot["now"]) - since_ns) / 1e9 if since_ns else 0.0
+
+
+def _interval(snapshot: Mapping[str, Any]) -> float:
+    """The seconds that a difference covers, or from the pool's creation to the snapshot.
+
+    The creation is known by the wall clock, the snapshot by the monotonic one: both are read to set one on the other.
+    """
+    if "interval" in snapshot:
+        return float(snapshot["interval"])
+    taken_at = time.time() - (time.monotonic_ns() - int(snapshot["now"])) / 1e9
+    return max(0.0, taken_at - float(snapshot["created_at"]))
+
+
+def _sum(counters: Mapping[str, int], names: Iterable[str]) -> int:
+    return sum(counters.get(name, 0) for name in names)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+# Sums and differences of snapshots ----------------------------------------------------------------------------------
+
+
+def _merged(histograms: Iterable[_Histogram]) -> list[tuple[int, int, int]]:
+    counts: Counter[tuple[int, int]] = Counter()
+    for histogram in histograms:
+        for lower, upper, count in histogram:
+            counts[lower, upper] += count
+    return [(lower, upper, count) for (lower, upper), count in counts.items()]
+
+
+def _difference(later: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The snapshot `later` with the counters and histograms of `earlier` taken off."""
+    if (later["name"], later["created_at"]) != (earlier["name"], earlier["created_at"]):
+        return dict(later)
+    before = {row["index"]: row for row in _rows(earlier, "worker")}
+    workers = []
+    for row in _rows(later, "worker"):
+        old = before.get(row["index"])
+        if old is not None:
+            row["counters"] = _less(row["counters"], old["counters"])
+            for name in ("get_hist", "use_hist"):
+                row[name] = _histogram_less(row[name], old[name])
+        workers.append(tuple(row[name] for name in later["worker_fields"]))
+    return {
+        **later,
+        "interval": (later["now"] - earlier["now"]) / 1e9,
+        "totals": _less(later["totals"], earlier["totals"]),
+        "workers": workers,
+        "wait_hist": _histogram_less(later["wait_hist"], earlier["wait_hist"]),
+        "dial_hist": _histogram_less(later["dial_hist"], earlier["dial_hist"]),
+    }
+
+
+def _less(later: Mapping[str, int], earlier: Mapping[str, int]) -> dict[str, int]:
+    return {name: count - earlier.get(name, 0) for name, count in later.items()}
+
+
+def _histogram_less(later: _Histogram, earlier: _Histogram) -> list[tuple[int, int, int]]:
+    old = {(lower, upper): count for lower, upper, count in earlier}
+    return [(lower, upper, count - old.get((lower, upper), 0)) for lower, upper, count in later]

