@@ -55,7 +55,7 @@ tools: ## install the Debian packages that only checks need
 lint: $(HAS)dev ## ruff, and the C compiler's warnings as errors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(CC) -std=c11 -O2 -Wall -Wextra -Werror -fsyntax-only -I$(INCLUDE) $(filter %.c,$(CORE))
+	$(CC) -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -fsyntax-only -I$(INCLUDE) $(filter %.c,$(CORE))
 
 types: $(HAS)dev ## mypy strict and pyright
 	$(BIN)/mypy --strict shmpool tests/typing

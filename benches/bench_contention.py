@@ -24,7 +24,7 @@ from typing import Any
 
 from benches import floor, subject
 from benches.harness import Line, Options, Spread, quantile
-from benches.workers import Forked, Peer
+from benches.workers import Forked, Peer, results
 
 WORKERS, PERMITS, HOLD = 8, 4, 100e-6
 START, END, IN_PLACE = 0, 1, 2  # words
@@ -194,9 +194,9 @@ def contend(contender: Any, hold: str, seconds: float) -> Outcome:
     words.store(END, time.perf_counter_ns() + int(seconds * 1e9))
     for _ in workers:
         words.wake(START, 1)
-    results = [worker.result() for worker in workers]
-    counts = [len(waits) for waits in results]
-    waits_us = sorted(wait / 1000 for waits in results for wait in waits)
+    all_waits = results(workers)
+    counts = [len(waits) for waits in all_waits]
+    waits_us = sorted(wait / 1000 for waits in all_waits for wait in waits)
     return Outcome(sum(counts) / seconds, waits_us, min(counts) / max(counts))
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from benches import floor, subject
 from benches.harness import Line, Options, Spread
-from benches.workers import Asleep, Forked, Peer, cores, pin
+from benches.workers import Asleep, Forked, Peer, cores, pin, results
 
-READY, TAKEN, TAKEN_AT, THING, PING, PIDS = 0, 1, 2, 3, 4, 8  # words
+READY, TAKEN, TAKEN_AT, THING, PING, HELD, PIDS = 0, 1, 2, 3, 4, 5, 8  # words
 SECOND = 1_000_000_000
 SOON, LATE = 30_000, 2_000_000  # ns that the taker has slept before it is given the thing
 
@@ -42,11 +42,11 @@ def measure(options: Options, name: str, settle_ns: int, rounds: int, block: int
         pool = None if options.floors_only else subject.make_pool(peer.dial_tcp, 1, alive_bypass=60.0)
         try:
             sides = [Forked(_side, words, number, pool, settle_ns, rounds, block) for number in (0, 1)]
-            results = [side.result() for side in sides]
+            figures = results(sides)
         finally:
             if pool is not None:
                 pool.close()
-    bare, tight, pooled = ([a + b for a, b in zip(*(side[kind] for side in results), strict=True)] for kind in range(3))
+    bare, tight, pooled = ([a + b for a, b in zip(*(side[kind] for side in figures), strict=True)] for kind in range(3))
     tell(f"bare futex, from Python, {name}", bare, options)
     options.say(f"  bare futex, tight loop, no waiting: {Spread.of([one[0] / 1000 for one in tight]).text(' us', 1)}")
     if options.floors_only:
@@ -112,8 +112,10 @@ def _side(
         tight.append([one_way] if number == 0 else [])
         if pool is None:
             continue
-        if lease is None and number == 0:
+        if number == 0 and lease is None:
             lease = pool.get()
+            words.wake(HELD, 1)
+        words.sleep_while(HELD, 0)
         figures, lease = _pass_lease(passing, pool, lease, block)
         pooled.append(figures)
     if lease is not None:
@@ -146,6 +148,7 @@ def _pass_lease(passing: Passing, pool: Any, lease: Any, block: int) -> tuple[li
             passing.wait_for_sleeper()
             gone_at = clock()
             lease.release()
+            lease = None
             figures.append(passing.wait_until_taken(gone_at))
         else:
             passing.words.store(READY, passing.turn)

@@ -18,7 +18,7 @@ from typing import Any
 
 from benches import floor
 from benches.harness import Line, Options, Spread, quantile
-from benches.workers import Forked
+from benches.workers import Forked, results
 
 WORKERS = 8
 START, END, GATE, IN_PLACE = 0, 1, 2, 8  # words
@@ -99,9 +99,9 @@ def contend(make_client: Callable[[], Any], server: Any, seconds: float) -> Outc
     connections = server.execute("CLIENT", "LIST").strip().count("\n")  # less the one that asks
     for _ in workers:
         words.wake(GATE, 1)
-    results = [worker.result() for worker in workers]
-    waits_us = sorted(wait / 1000 for waits in results for wait in waits)
-    return Outcome(sum(map(len, results)) / seconds, waits_us, connections)
+    all_waits = results(workers)
+    waits_us = sorted(wait / 1000 for waits in all_waits for wait in waits)
+    return Outcome(sum(map(len, all_waits)) / seconds, waits_us, connections)
 
 
 def _worker(words: Any, number: int, make_client: Callable[[], Any]) -> array.array[int]:

@@ -16,6 +16,7 @@ GUARD = "empty C guard, with"
 LOOK = "recv(MSG_PEEK|MSG_DONTWAIT)"
 WARM = "shmpool with get() as c: c.socket"
 LOOKING = WARM + ", looked at"
+BARE = "shmpool get/release"
 BODY = "with get() as c: c.socket"
 
 
@@ -56,7 +57,7 @@ def ours(stack: contextlib.ExitStack, peer: Peer) -> list[Candidate]:
     return [
         Candidate(WARM, loop("with pool.get() as c: c.socket", pool=usual)),
         Candidate("shmpool with get() as c: pass", loop("with pool.get() as c: pass", pool=usual)),
-        Candidate("shmpool get/release", loop("c = pool.get()\nc.release()", pool=usual)),
+        Candidate(BARE, loop("c = pool.get()\nc.release()", pool=usual)),
         Candidate("shmpool try_get/release", loop("c = pool.try_get()\nc.release()", pool=usual)),
         Candidate("shmpool with get_tcp()", loop("with pool.get_tcp() as c: c.socket", pool=usual)),
         Candidate(WARM + ", stats=False", loop("with pool.get() as c: c.socket", pool=pool(stats=False))),
@@ -69,20 +70,24 @@ def ours(stack: contextlib.ExitStack, peer: Peer) -> list[Candidate]:
 
 
 def budget(table: Table, others: list[str]) -> list[Line]:
-    def fastest(times: dict[str, float]) -> float:
-        return min(times[name] for name in others)
-
     looks = table.derive(lambda times: (times[LOOKING] - times[WARM]) / times[LOOK])
-    lines = [
+    return [
         Line("roundtrip", "lease and return, warm / empty C guard", table.ratio(WARM, GUARD), limit=2.2),
         Line("roundtrip", "liveness look / bare syscall", looks, limit=1.2),
-        Line("roundtrip", "get, release / empty C guard", table.ratio("shmpool get/release", GUARD)),
+        *against(table, WARM, [other for other in others if " with" in other], "in a with"),
+        *against(table, BARE, [other for other in others if " with" not in other], "get, release"),
+        Line("roundtrip", "get, release / empty C guard", table.ratio(BARE, GUARD)),
         Line("roundtrip", "with two Python hooks / empty C guard", table.ratio(WARM + ", two hooks", GUARD)),
         Line("roundtrip", "lease and return, warm", table.cost(WARM), unit=" ns", digits=0),
     ]
-    if others:
-        speed = table.derive(lambda times: fastest(times) / times[WARM])
-        name = min(others, key=lambda other: table.cost(other).median)
-        what = f"fastest Python pool ({name}) / lease and return"
-        lines.insert(2, Line("roundtrip", what, speed, limit=12.0, at_least=True))
-    return lines
+
+
+def against(table: Table, ours: str, others: list[str], manner: str) -> list[Line]:
+    """How much faster we are than the fastest of the others, like with like."""
+    if not others:
+        return []
+    faster = table.derive(lambda times: min(times[other] for other in others) / times[ours])
+    fastest = min(others, key=lambda other: table.cost(other).median)
+    name = fastest.removesuffix(" with").partition(" get")[0]
+    what = f"fastest Python pool, {manner} ({name}) / the same"
+    return [Line("roundtrip", what, faster, limit=12.0, at_least=True)]

@@ -14,14 +14,7 @@ from typing import Any
 def make_pool(dial: Callable[[Any], Any], max_connections: int, **config: Any) -> Any:
     """A pool without anything running on its own during a bench that the bench did not ask for."""
     shmpool = importlib.import_module("shmpool")
-    settings: dict[str, Any] = {
-        "min_connections": 0,
-        "health_check_interval": 3600.0,
-        "idle_timeout": 3600.0,
-        "max_lifetime": 7200.0,
-        "leak_timeout": 3600.0,
-        "get_timeout": 30.0,
-    }
+    settings = {"min_connections": 0, "idle_timeout": 3600.0, "max_lifetime": 7200.0, "get_timeout": 30.0}
     return shmpool.Pool(dial=dial, max_connections=max_connections, **{**settings, **config})
 
 
@@ -32,6 +25,11 @@ def pool_of(dial: Callable[[Any], Any], max_connections: int, **config: Any) -> 
         yield pool
     finally:
         pool.close()
+
+
+def inspector_of(pool: Any) -> Any:
+    """The read-only view that another process has of the pool."""
+    return importlib.import_module("shmpool").inspect(pool.name)
 
 
 def warm(pool: Any, count: int) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -68,6 +68,19 @@ class Forked:
     def _reap(self) -> None:
         os.waitpid(self.pid, 0)
         self._reaped = True
+
+
+def results(workers: Sequence[Forked]) -> list[Any]:
+    """What all of them return; RuntimeError with all their failures if one failed, for one is often due to another."""
+    values, failures = [], []
+    for worker in workers:
+        try:
+            values.append(worker.result())
+        except RuntimeError as error:
+            failures.append(str(error))
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return values
 
 
 def _run(writer: int, function: Callable[..., Any], args: tuple[Any, ...]) -> int:

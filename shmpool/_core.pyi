@@ -116,6 +116,18 @@ class PoolBase:
         Raises PoolExhausted when there is neither; otherwise as `get()`.
         """
 
+    def get_tcp(self, timeout: float | None = None) -> PooledConnection:
+        """`get(timeout, protocol="tcp")`."""
+
+    def get_udp(self, timeout: float | None = None) -> PooledConnection:
+        """`get(timeout, protocol="udp")`."""
+
+    def get_ipv4(self, timeout: float | None = None) -> PooledConnection:
+        """`get(timeout, ip_version=4)`."""
+
+    def get_ipv6(self, timeout: float | None = None) -> PooledConnection:
+        """`get(timeout, ip_version=6)`."""
+
     def _create(
         self,
         fd: int,

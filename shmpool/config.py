@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .dialing import DialRequest
 
     Dial = Callable[[DialRequest], socket.socket | tuple[socket.socket, bytes]]
-    HealthCheck = Callable[[PooledConnection], bool]
     ConnectionHook = Callable[[PooledConnection], object]
 
 __all__ = ["IPVersion", "PoolConfig", "Protocol", "Target"]
@@ -134,7 +133,7 @@ def _unix_path(path: str) -> str:
 
 def _host_and_port(rest: str) -> tuple[str, int]:
     if "@" in rest:
-        raise _Unfit("remove user and password: log in on the connection, in on_created or a dial of your own")
+        raise _Unfit("remove user and password: log in on the connection, in a dial of your own")
     if "/" in rest:
         raise _Unfit("end after the port: a tcp or udp target has no path")
     host, separator, port = rest.rpartition(":")
@@ -262,11 +261,9 @@ class PoolConfig:
     # The name that other processes find the pool by; None takes a random one.
     name: str | None = _setting(None, _optional(_name, "for a random one"))
 
-    # How many: the cap over all processes, how many are kept ready (None: 2, or fewer under a smaller cap), and how
-    # many may stay idle (None: all).
+    # How many: the cap over all processes, and how many `maintain()` keeps open (None: 2, or fewer under a smaller cap).
     max_connections: int = _setting(10, _whole(1, 100_000))
     min_connections: int | None = _setting(None, _optional(_whole(0, 100_000), "for the default"))
-    max_idle_connections: int | None = _setting(None, _optional(_whole(0, 100_000), "for max_connections"))
 
     # How long: a dial, the wait in get(), idleness, and the life of a connection.
     connection_timeout: float = _setting(10.0, _seconds())
@@ -274,13 +271,8 @@ class PoolConfig:
     idle_timeout: float = _setting(IDLE_TIMEOUT_S, _seconds(never=True))
     max_lifetime: float = _setting(1800.0, _seconds(never=True))
 
-    # Whether a connection is still good. One used within alive_bypass is leased without a look at it; 0 always looks.
+    # One used within alive_bypass is leased without a look at it; 0 always looks.
     alive_bypass: float = _setting(0.5, _seconds(zero=True))
-    health_check: HealthCheck | None = _setting(None, _optional_call)
-    health_check_interval: float = _setting(30.0, _seconds())
-    health_check_timeout: float = _setting(3.0, _seconds())
-    # A lease held longer than this is reported.
-    leak_timeout: float = _setting(300.0, _seconds(never=True))
 
     # Dials after a failed one, and the pause between them: (first, longest).
     dial_retries: int = _setting(0, _whole(0, 100))
@@ -299,25 +291,17 @@ class PoolConfig:
     udp_clear_max_packets: int = _setting(100, _whole(1, 1_000_000))
 
     # Hooks, and whether to count.
-    on_created: ConnectionHook | None = _setting(None, _optional_call)
     on_borrow: ConnectionHook | None = _setting(None, _optional_call)
     on_return: ConnectionHook | None = _setting(None, _optional_call)
-    on_close: Callable[..., object] | None = _setting(None, _optional_call)
-    on_leak: Callable[..., object] | None = _setting(None, _optional_call)
     stats: bool = _setting(True, _flag)
 
     def __post_init__(self) -> None:
         _refuse(_problems(self.to_dict()))
 
     @property
-    def effective_max_idle_connections(self) -> int:
-        """`max_idle_connections`, or what its None stands for."""
-        return self.max_connections if self.max_idle_connections is None else self.max_idle_connections
-
-    @property
     def effective_min_connections(self) -> int:
         """`min_connections`, or what its None stands for."""
-        return min(2, self.effective_max_idle_connections) if self.min_connections is None else self.min_connections
+        return min(2, self.max_connections) if self.min_connections is None else self.min_connections
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by name, callables as they are; `from_dict` takes it back."""
@@ -374,20 +358,12 @@ def _at_most(value: float | None, most: float | None) -> bool:
 _RELATIONS: tuple[_Relation, ...] = (
     ("target", "dial", lambda target, dial: (target is None) != (dial is None), "give either a target or a dial"),
     ("min_connections", "max_connections", _at_most, "must be at most max_connections, which is {}"),
-    ("min_connections", "max_idle_connections", _at_most, "must be at most max_idle_connections, which is {}"),
-    ("max_idle_connections", "max_connections", _at_most, "must be at most max_connections, which is {}"),
     (
         "idle_timeout",
         "max_lifetime",
         # The default, and "never", do not contradict a shorter life: they leave the end to it.
         lambda idle, life: idle in (IDLE_TIMEOUT_S, math.inf) or idle <= life,
         "must be at most max_lifetime, which is {}",
-    ),
-    (
-        "health_check_timeout",
-        "health_check_interval",
-        lambda timeout, interval: timeout < interval,
-        "must be less than health_check_interval, which is {}",
     ),
 )
 

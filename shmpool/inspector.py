@@ -28,14 +28,12 @@ from typing import Any
 
 import posix_ipc
 
-from . import _core
+from . import _core, slab
 from .config import _name as _name_problem
 from .errors import InvalidConfig, PoolError, PoolNotFound, SlabCorrupt, SlabVersionMismatch
 from .stats import PoolStats
 
 __all__ = ["Inspector", "PoolInUse", "PoolInfo", "inspect", "list_pools", "unlink"]
-
-SEGMENTS = Path("/dev/shm")  # where Linux keeps POSIX shared memory
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ class PoolInUse(PoolError):
     pids: tuple[int, ...] = ()
 
     def _text(self) -> str:
-        who = f"process{'es'[: 2 * (len(self.pids) > 1)]} {', '.join(map(str, self.pids))}" if self.pids else "processes"
-        return f"pool {self.name!r} is in use by {who}; stop them first, or use force (they go on, unseen, with the pool)"
+        who = f" by process {', '.join(map(str, self.pids))}" if self.pids else ""
+        return f"pool {self.name!r} is in use{who}; stop what uses it first, or force it (that goes on with it, unseen)"
 
 
 class Inspector:
@@ -70,6 +68,7 @@ class Inspector:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._closed = False
         self._view = _open_view(name)
 
     def snapshot(self) -> dict[str, Any]:
@@ -89,8 +88,6 @@ class Inspector:
     def alive(self) -> bool:
         """Whether any process still has the pool."""
         return self._view.in_use()
-
-    _closed = False
 
     def close(self) -> None:
         """Let go of the segment. Once more does nothing."""
@@ -127,9 +124,12 @@ def unlink(name: str, force: bool = False) -> None:
     """
     path = _path(name)
     try:
-        if not force and stat.S_ISREG(os.lstat(path).st_mode):
-            _refuse_in_use(name)
-        posix_ipc.unlink_shared_memory(f"/{path.name}")
+        status = os.lstat(path)
+        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+        if force or not ours:
+            posix_ipc.unlink_shared_memory(f"/{path.name}")
+        elif not slab.remove_remains(name):
+            raise PoolInUse(name=name, pids=_pids(name))
     except (FileNotFoundError, posix_ipc.ExistentialError):
         raise PoolNotFound(name=name) from None
     except (OSError, posix_ipc.Error) as error:
@@ -151,14 +151,13 @@ class _CannotRemove(PoolError):
 def _path(name: str) -> Path:
     if problem := _name_problem(name):
         raise InvalidConfig(field="name", value=name, remedy=problem)
-    return SEGMENTS / f"shmpool-{os.getuid()}-{name}"
+    return Path(slab.path_of(name))
 
 
 def _names() -> Iterator[str]:
-    prefix = f"shmpool-{os.getuid()}-"
-    for entry in SEGMENTS.glob(f"{prefix}*"):
-        name = entry.name.removeprefix(prefix)
-        if not _name_problem(name):
+    for entry in Path(slab.DIRECTORY).glob(f"{slab.prefix()}*"):
+        name = entry.name.removeprefix(slab.prefix())
+        if not _name_problem(name):  # else it is a segment that is just being made
             yield name
 
 
@@ -169,7 +168,7 @@ def _open_view(name: str) -> _core.SlabView:
     except ValueError as error:
         why, is_version = error.args if len(error.args) == 2 else (str(error), False)
         if is_version:
-            found, expected = _layouts(fd, why)
+            found, expected = _layouts(fd)
             raise SlabVersionMismatch(name=name, found=found, expected=expected) from None
         raise SlabCorrupt(name=name, detail=why) from None
     except OSError as error:
@@ -178,7 +177,7 @@ def _open_view(name: str) -> _core.SlabView:
         os.close(fd)
 
 
-def _layouts(fd: int, why: str) -> tuple[object, object]:
+def _layouts(fd: int) -> tuple[object, object]:
     """The version that the segment has and ours; when they are equal, it is the build that differs."""
     version = int.from_bytes(os.pread(fd, 4, 8), "little")  # struct header_shm
     if version != _core.SLAB_VERSION:
@@ -276,13 +275,10 @@ def _in_use(name: str) -> bool:
         os.close(fd)
 
 
-def _refuse_in_use(name: str) -> None:
-    if not _in_use(name):
-        return
-    pids: tuple[int, ...] = ()
+def _pids(name: str) -> tuple[int, ...]:
+    """Who uses it; empty when that cannot be told: nobody has registered, or the segment is damaged."""
     try:
         with Inspector(name) as inspector:
-            pids = tuple(worker.pid for worker in inspector.stats().workers if worker.alive)
-    except PoolError:  # damaged, and in use nevertheless: by whom is not to be known
-        pids = ()
-    raise PoolInUse(name=name, pids=pids)
+            return tuple(worker.pid for worker in inspector.stats().workers if worker.alive)
+    except PoolError:
+        return ()

@@ -169,22 +169,6 @@ class Pool(_core.PoolBase):
         """Whether the pool was closed, by whichever process."""
         return not self._is_open()
 
-    def get_tcp(self, timeout: float | None = None) -> _core.PooledConnection:
-        """`get(protocol="tcp")`."""
-        return self.get(timeout, Protocol.TCP)
-
-    def get_udp(self, timeout: float | None = None) -> _core.PooledConnection:
-        """`get(protocol="udp")`."""
-        return self.get(timeout, Protocol.UDP)
-
-    def get_ipv4(self, timeout: float | None = None) -> _core.PooledConnection:
-        """`get(ip_version=4)`."""
-        return self.get(timeout, None, IPVersion.V4)
-
-    def get_ipv6(self, timeout: float | None = None) -> _core.PooledConnection:
-        """`get(ip_version=6)`."""
-        return self.get(timeout, None, IPVersion.V6)
-
     def stats(self) -> PoolStats:
         """One snapshot over all processes. Takes no lock and writes nothing."""
         return PoolStats.from_snapshot(self._snapshot())
@@ -260,18 +244,17 @@ class Pool(_core.PoolBase):
         kinds = set(BUCKETS) if self._target is None else buckets_of(self._target)
         return sum(1 << index for index, kind in enumerate(BUCKETS) if kind in kinds)
 
-    def _mask(self, protocol: Protocol | str | None, ip_version: IPVersion | int | None) -> int:
-        """The buckets of a request; raises when the pool can never serve it."""
+    def _no_such_kind(self, protocol: object, ip_version: object) -> Exception:
+        """The exception for a kind of connection that this pool can never have."""
         whole = [kind for index, kind in enumerate(BUCKETS) if self._whole_mask() >> index & 1]
-        by_protocol = [kind for kind in whole if protocol is None or kind[0] == protocol]
-        if not by_protocol:
-            available = tuple(dict.fromkeys(kind[0].value for kind in whole))
-            raise NoConnectionForProtocol(protocol=str(protocol), available=available)
-        fitting = [kind for kind in by_protocol if ip_version is None or kind[1] == ip_version]
+        fitting = [kind for kind in whole if protocol is None or kind[0] == protocol]
         if not fitting:
-            versions = tuple(sorted({int(kind[1]) for kind in by_protocol if kind[1] is not None}))
-            raise NoConnectionForIPVersion(ip_version=_as_int(ip_version), available=versions)
-        return sum(1 << BUCKETS.index(kind) for kind in fitting)
+            available = tuple(dict.fromkeys(kind[0].value for kind in whole))
+            return NoConnectionForProtocol(protocol=str(protocol), available=available)
+        versions = tuple(sorted({int(kind[1]) for kind in fitting if kind[1] is not None}))
+        if not isinstance(ip_version, int):
+            return TypeError(f"ip_version must be 4 or 6, not {ip_version!r}")
+        return NoConnectionForIPVersion(ip_version=int(ip_version), available=versions)
 
     def _protocol_of(self, bucket: int) -> Protocol:
         return BUCKETS[bucket][0]
@@ -312,7 +295,7 @@ class Pool(_core.PoolBase):
             return SlabCorrupt(name=self._name, detail="a slot is in a state that does not exist")
         counts = self._counts()
         if kind == "timeout":
-            protocol, version = self._wanted(mask)
+            protocol, version = (None, None) if mask == self._whole_mask() else self._wanted(mask)
             wanted = {"protocol": protocol and protocol.value, "ip_version": version and int(version)}
             return PoolTimeout(waited=waited, timeout=timeout, counts=counts, **wanted)
         limits = {

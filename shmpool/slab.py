@@ -16,6 +16,7 @@ import secrets
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing import resource_tracker, shared_memory
 
 import posix_ipc
@@ -50,8 +51,7 @@ def create(size: int) -> tuple[int, str]:
         raise _no_room(size, error) from error
     path = os.path.join(DIRECTORY, name)
     try:
-        fd = os.dup(posix_ipc.SharedMemory("/" + name).fd)
-        os.set_inheritable(fd, False)
+        fd = posix_ipc.SharedMemory("/" + name).fd  # ours from now on: the object does not close it
     except BaseException:
         _remove(path)
         raise
@@ -112,7 +112,7 @@ def creator_of(name: str) -> int:
 
 
 @contextlib.contextmanager
-def _opened(name: str):  # type: ignore[no-untyped-def]
+def _opened(name: str) -> Iterator[_core.SlabView]:
     fd = os.open(path_of(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         view = _core.SlabView(fd)

@@ -207,8 +207,6 @@ class PoolStats(_Record):
     dial_attempts: int
     dial_failures: int
     failed_deposits: int
-    health_checks: int
-    health_failures: int
     leaks: int
 
     # what was taken back from the dead
@@ -228,7 +226,16 @@ class PoolStats(_Record):
 
     _snapshot: Mapping[str, Any] = field(repr=False, compare=False)
 
-    _computed: ClassVar[tuple[str, ...]] = ("open", "in_use", "idle", "gets", "successes", "hit_rate", "utilisation", "reuse_average")
+    _computed: ClassVar[tuple[str, ...]] = (
+        "open",
+        "in_use",
+        "idle",
+        "gets",
+        "successes",
+        "hit_rate",
+        "utilisation",
+        "reuse_average",
+    )
 
     @classmethod
     def from_snapshot(cls, snapshot: Mapping[str, Any]) -> PoolStats:
@@ -290,12 +297,12 @@ class PoolStats(_Record):
     @property
     def gets(self) -> int:
         """Calls of get() and try_get(), however they ended."""
-        return self.successes + sum(getattr(self, name) for name in FAILURES)
+        return self.successes + _sum(vars(self), FAILURES)
 
     @property
     def successes(self) -> int:
         """Leases."""
-        return sum(getattr(self, name) for name in SOURCES)
+        return _sum(vars(self), SOURCES)
 
     @property
     def hit_rate(self) -> float:
@@ -359,7 +366,8 @@ def _connection_stats(
             continue
         described = slot["state"] in _DESCRIBED
         protocol, ip_version = _BUCKETS[slot["bucket"]] if slot["bucket"] < len(_BUCKETS) else ("?", None)
-        changed_ns = slot["leased_ns"] if slot["state"] == "leased" else slot["last_used_ns"] or slot["created_ns"]
+        used_ns = slot["leased_ns"] if slot["state"] == "leased" else slot["last_used_ns"]
+        changed_ns = max(used_ns, slot["created_ns"])  # the clock of leases is coarse
         pid = pids.get(slot["owner"])
         found.append(
             ConnectionStats(
@@ -391,7 +399,8 @@ def _peer_text(protocol: str, ip_version: int | None, peer: bytes, unix_path: st
 
 def _elapsed(snapshot: Mapping[str, Any], since_ns: int) -> float:
     """Seconds from then to the snapshot; 0 for never, and for what the coarse clock puts after it."""
-    return max(0, int(snapshot["now"]) - since_ns) / 1e9 if since_ns else 0.0
+    now: int = snapshot["now"]
+    return max(0, now - since_ns) / 1e9 if since_ns else 0.0
 
 
 def _interval(snapshot: Mapping[str, Any]) -> float:

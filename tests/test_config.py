@@ -18,7 +18,7 @@ from shmpool.errors import InvalidConfig
 
 TARGET = "tcp://127.0.0.1:6379"
 DEFAULTS: dict[str, object] = {item.name: item.default for item in dataclasses.fields(PoolConfig)}
-MAY_BE_NEVER = {"get_timeout", "idle_timeout", "max_lifetime", "leak_timeout"}
+MAY_BE_NEVER = {"get_timeout", "idle_timeout", "max_lifetime"}
 NUMBERS = [name for name, value in DEFAULTS.items() if isinstance(value, int | float) and not isinstance(value, bool)]
 
 
@@ -152,16 +152,11 @@ def test_defaults() -> None:
         "name": None,
         "max_connections": 10,
         "min_connections": None,
-        "max_idle_connections": None,
         "connection_timeout": 10.0,
         "get_timeout": 5.0,
         "idle_timeout": 300.0,
         "max_lifetime": 1800.0,
         "alive_bypass": 0.5,
-        "health_check": None,
-        "health_check_interval": 30.0,
-        "health_check_timeout": 3.0,
-        "leak_timeout": 300.0,
         "dial_retries": 0,
         "dial_backoff": (0.01, 1.0),
         "socket_timeout": 30.0,
@@ -171,11 +166,8 @@ def test_defaults() -> None:
         "clear_udp_buffer": True,
         "udp_clear_timeout": 0.1,
         "udp_clear_max_packets": 100,
-        "on_created": None,
         "on_borrow": None,
         "on_return": None,
-        "on_close": None,
-        "on_leak": None,
         "stats": True,
     }
 
@@ -209,11 +201,9 @@ def test_infinity_only_where_it_means_never(name: str) -> None:
         ("name", ["a", "0", "a.b_c-D", "x" * 64], ["", ".a", "-a", "a/b", "a b", "a\n", "ä", "x" * 65, 1]),
         ("max_connections", [1, 100_000], [0, 100_001, 1.0]),
         ("min_connections", [0, 10, None], [-1, 100_001, 1.0, True]),
-        ("max_idle_connections", [2, 10, None], [-1, 100_001, False]),
         ("connection_timeout", [0.001, 5, 1e9], [0, 1.1e9, None]),
         ("get_timeout", [0, 0.5], [-0.001, None]),
         ("alive_bypass", [0, 60.0], []),
-        ("health_check_interval", [3.1], [0]),
         ("dial_retries", [0, 100], [-1, 101, 0.5]),
         ("dial_backoff", [(0, 0), (1, 2.5)], [[0, 1], (1, 0.5), (0,), (0, 1, 2), (-1, 1), (0, math.inf), 1, ("0", 1)]),
         ("socket_timeout", [None, 0.5], [0, math.nan]),
@@ -224,7 +214,7 @@ def test_infinity_only_where_it_means_never(name: str) -> None:
         ("udp_clear_max_packets", [1], [0]),
         ("stats", [False], [0, 1, None]),
         ("clear_udp_buffer", [False], [None]),
-        ("on_leak", [print, None], ["print"]),
+        ("on_return", [print, None], ["print"]),
     ],
 )
 def test_ranges(name: str, right: list[object], wrong: list[object]) -> None:
@@ -245,11 +235,7 @@ def test_ranges(name: str, right: list[object], wrong: list[object]) -> None:
         ({"target": None}, "target"),
         ({"dial": print}, "target"),
         ({"max_connections": 3, "min_connections": 4}, "min_connections"),
-        ({"max_idle_connections": 3, "min_connections": 4}, "min_connections"),
-        ({"max_connections": 3, "max_idle_connections": 4}, "max_idle_connections"),
         ({"idle_timeout": 61, "max_lifetime": 60}, "idle_timeout"),
-        ({"health_check_timeout": 30}, "health_check_timeout"),
-        ({"health_check_interval": 3}, "health_check_timeout"),
     ],
 )
 def test_relations(settings: dict[str, Any], blamed: str) -> None:
@@ -257,8 +243,8 @@ def test_relations(settings: dict[str, Any], blamed: str) -> None:
 
 
 def test_a_relation_tells_the_other_side() -> None:
-    with pytest.raises(InvalidConfig, match="max_idle_connections=4: must be at most max_connections, which is 3"):
-        config(max_connections=3, max_idle_connections=4)
+    with pytest.raises(InvalidConfig, match="min_connections=4: must be at most max_connections, which is 3"):
+        config(max_connections=3, min_connections=4)
 
 
 def test_what_is_no_contradiction() -> None:
@@ -268,18 +254,10 @@ def test_what_is_no_contradiction() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "least", "most_idle"),
-    [
-        ({}, 2, 10),
-        ({"max_connections": 1}, 1, 1),
-        ({"max_idle_connections": 0}, 0, 0),
-        ({"min_connections": 0}, 0, 10),
-        ({"min_connections": 5, "max_idle_connections": 7}, 5, 7),
-    ],
+    ("settings", "least"), [({}, 2), ({"max_connections": 1}, 1), ({"min_connections": 0}, 0), ({"min_connections": 5}, 5)]
 )
-def test_what_none_stands_for(settings: dict[str, Any], least: int, most_idle: int) -> None:
-    made = config(**settings)
-    assert (made.effective_min_connections, made.effective_max_idle_connections) == (least, most_idle)
+def test_what_none_stands_for(settings: dict[str, Any], least: int) -> None:
+    assert config(**settings).effective_min_connections == least
 
 
 # All together -------------------------------------------------------------------------------------------------------
@@ -310,7 +288,7 @@ def test_frozen_keyword_only_and_hashable() -> None:
 
 
 def test_round_trips() -> None:
-    made = config(name="web", dial_backoff=(0.5, 2.0), on_leak=print, max_lifetime=math.inf)
+    made = config(name="web", dial_backoff=(0.5, 2.0), on_borrow=print, max_lifetime=math.inf)
     assert PoolConfig.from_dict(made.to_dict()) == made
     assert pickle.loads(pickle.dumps(made)) == made
 
@@ -325,12 +303,12 @@ def test_replace_checks_anew() -> None:
 
 
 def test_to_json_is_strict_json_without_callables() -> None:
-    made = config(get_timeout=math.inf, on_leak=problems, on_close=print)
+    made = config(get_timeout=math.inf, on_borrow=problems, on_return=print)
     values = json.loads(made.to_json(), parse_constant=pytest.fail)
     assert list(values) == list(DEFAULTS)
     assert values["get_timeout"] == "inf"
-    assert values["on_leak"].endswith("test_config.problems")
-    assert values["on_close"] == "builtins.print"
+    assert values["on_borrow"].endswith("test_config.problems")
+    assert values["on_return"] == "builtins.print"
     assert values["dial_backoff"] == [0.01, 1.0]
 
 
@@ -341,10 +319,10 @@ TOML = f'target = "{TARGET}"\nmax_connections = 7\nget_timeout = inf\ndial_backo
 def test_from_toml(text: str, tmp_path: Path) -> None:
     path = tmp_path / "pool.toml"
     path.write_text(text, encoding="utf-8")
-    wanted = config(max_connections=7, get_timeout=math.inf, dial_backoff=(0.5, 2), on_leak=print)
-    assert PoolConfig.from_toml(path, on_leak=print) == wanted
-    assert PoolConfig.from_toml(str(path), on_leak=print) == wanted
-    assert PoolConfig.from_toml(text=text, on_leak=print) == wanted
+    wanted = config(max_connections=7, get_timeout=math.inf, dial_backoff=(0.5, 2), on_borrow=print)
+    assert PoolConfig.from_toml(path, on_borrow=print) == wanted
+    assert PoolConfig.from_toml(str(path), on_borrow=print) == wanted
+    assert PoolConfig.from_toml(text=text, on_borrow=print) == wanted
 
 
 @pytest.mark.parametrize(

@@ -382,7 +382,7 @@ HARMLESS = [
 def test_a_marked_connection_is_not_lent_again(
     make_pool: Callable[..., ConnectionPool], command: tuple[Any, ...], protocol: int
 ) -> None:
-    client = client_of(make_pool(protocol=protocol))
+    client = client_of(make_pool(protocol=protocol, socket_timeout=0.5))  # RESP3 answers SUBSCRIBE with a push only
     first = client.client_id()
     with contextlib.suppress(redis.RedisError):
         client.execute_command(*command)
@@ -433,7 +433,7 @@ def test_packed_bytes_of_others_mark(make_pool: Callable[..., ConnectionPool]) -
     pool = make_pool()
     first = client_of(pool).client_id()
     connection = pool.get_connection()
-    connection.send_packed_command(b"*1\r\n$4\r\nPING\r\n")
+    connection.send_packed_command([b"*1\r\n$4\r\nPING\r\n"])
     assert connection.read_response() == b"PONG"
     pool.release(connection)
     assert client_of(pool).client_id() != first
@@ -513,6 +513,7 @@ def test_interrupts_at_any_point_cross_no_answers(make_pool: Callable[..., Conne
                     assert client.get(f"k{key}") == f"v{key}".encode()
         except (InterruptedError, redis.RedisError):
             pass
+        gc.collect()  # what the tracebacks held
         assert client.get(f"k{49 - key}") == f"v{49 - key}".encode()
 
 
@@ -690,7 +691,7 @@ def test_retry_takes_a_fresh_lease(server: RedisServer, make_pool: Callable[...,
         server.execute("CLIENT", "KILL", "ID", str(victim))
         assert client.pipeline().set("k", 1).get("k").execute() == [True, b"1"]
     assert Child(client.ping).result()
-    assert pool.pool.stats().leased == 0
+    assert not pool.pool.stats().connections.get("leased")
 
 
 def test_retry_replaces_the_connection_that_a_thread_holds(make_pool: Callable[..., ConnectionPool]) -> None:
@@ -738,9 +739,9 @@ def test_wrong_password() -> None:
             assert client_of(pool).ping()
 
 
-def test_wrong_database(make_pool: Callable[..., ConnectionPool]) -> None:
+def test_wrong_database(server: RedisServer, make_pool: Callable[..., ConnectionPool]) -> None:
     with pytest.raises(redis.ResponseError, match="out of range"):
-        client_of(make_pool(db=99, host="x")).ping()
+        client_of(make_pool(server.url.replace("/0", "/99"))).ping()
 
 
 def test_pool_errors_become_those_of_redis(make_pool: Callable[..., ConnectionPool]) -> None:

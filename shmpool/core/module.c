@@ -331,7 +331,7 @@ static PyObject *lease_begin(PoolObject *self, LeaseObject *lease, uint64_t now)
     if (SHM_UNLIKELY(self->on_borrow != NULL) && !run_hook(self->on_borrow, lease)) {
         if (lease->active && lease_is_ours(lease)) {
             lease->active = false;
-            retire_leased(self, &lease->claim, SHM_T_closed_unhealthy);
+            retire_leased(self, &lease->claim, SHM_T_closed_refused);
         }
         Py_DECREF(lease);
         return NULL;
@@ -697,9 +697,12 @@ static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyO
     struct pool_birth birth = {.bucket = bucket, .flags = private ? SHM_KIND_PRIVATE : 0};
     memcpy(birth.peer, address, (size_t)address_size < sizeof birth.peer ? (size_t)address_size : sizeof birth.peer);
     birth.expires_ns = lifetime > 9e9 ? NEVER : clock_now() + (uint64_t)(lifetime * 1e9);
-    if (!mailed && mailbox_deposit(pool->mailboxes[claim->slot], pool->slab.header->id, claim->slot, id, fd,
-                                   PyBytes_AS_STRING(note), (size_t)PyBytes_GET_SIZE(note)))
-        birth.flags |= SHM_KIND_PRIVATE | SHM_KIND_UNMAILED;
+    if (!mailed) {
+        mailbox_drain(pool->mailboxes[claim->slot]); /* dial may have put an earlier socket there */
+        if (mailbox_deposit(pool->mailboxes[claim->slot], pool->slab.header->id, claim->slot, id, fd,
+                            PyBytes_AS_STRING(note), (size_t)PyBytes_GET_SIZE(note)))
+            birth.flags |= SHM_KIND_PRIVATE | SHM_KIND_UNMAILED;
+    }
     struct entry *entry = &pool->entries[claim->slot];
     struct parts old = entry_take(entry);
     entry->socket = Py_NewRef(socket);
@@ -898,59 +901,130 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
     return lease_begin(self, lease, now);
 }
 
-/* The mask for protocol and ip_version, from Python; 0 with an exception. */
+static bool check_made(PoolObject *self)
+{
+    if (!self->made)
+        PyErr_SetString(PyExc_RuntimeError, "the pool was not created");
+    return self->made;
+}
+
+/* The buckets of a protocol name and of an IP version; 0 for what is neither. */
+static uint32_t protocol_mask(PyObject *protocol)
+{
+    static const struct {
+        const char *name;
+        uint32_t mask;
+    } known[] = {{"tcp", 1 | 2}, {"udp", 4 | 8}, {"unix", 16}};
+    if (protocol == Py_None)
+        return WAITER_ANY_BUCKET;
+    for (size_t i = 0; PyUnicode_Check(protocol) && i < 3; i++)
+        if (PyUnicode_CompareWithASCIIString(protocol, known[i].name) == 0)
+            return known[i].mask;
+    return 0;
+}
+
+static uint32_t version_mask(PyObject *version)
+{
+    if (version == Py_None)
+        return WAITER_ANY_BUCKET;
+    int overflow = 0;
+    long value = PyLong_Check(version) ? PyLong_AsLongAndOverflow(version, &overflow) : 0;
+    return value == 4 ? 1 | 4 : value == 6 ? 2 | 8 : 0;
+}
+
+/* The buckets that a call wants; 0 with an exception when this pool can never have one. */
 static uint32_t wanted_mask(PoolObject *self, PyObject *protocol, PyObject *ip_version)
 {
-    if ((!protocol || protocol == Py_None) && (!ip_version || ip_version == Py_None))
-        return self->mask;
-    PyObject *mask = PyObject_CallMethod((PyObject *)self, "_mask", "OO", protocol ? protocol : Py_None,
-                                         ip_version ? ip_version : Py_None);
-    if (!mask)
-        return 0;
-    uint32_t value = (uint32_t)PyLong_AsUnsignedLong(mask);
-    Py_DECREF(mask);
-    return PyErr_Occurred() ? 0 : value;
+    uint32_t mask = self->mask & protocol_mask(protocol) & version_mask(ip_version);
+    if (mask)
+        return mask;
+    PyObject *error = PyObject_CallMethod((PyObject *)self, "_no_such_kind", "OO", protocol, ip_version);
+    if (error)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_XDECREF(error);
+    return 0;
 }
 
 static PyObject *get_with(PoolObject *self, PyObject *timeout, PyObject *protocol, PyObject *ip_version, bool may_wait)
 {
     uint64_t timeout_ns = self->default_timeout_ns;
-    if (timeout && timeout != Py_None && !seconds_ns(timeout, "timeout", &timeout_ns))
+    if (timeout != Py_None && !seconds_ns(timeout, "timeout", &timeout_ns))
         return NULL;
-    uint32_t mask = wanted_mask(self, protocol, ip_version);
+    uint32_t mask = check_made(self) ? wanted_mask(self, protocol, ip_version) : 0;
     return mask ? get_lease(self, mask, timeout_ns, may_wait) : NULL;
 }
 
-static PyObject *pool_get(PoolObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+/* The arguments of a call by place or by name: values[i] is that of names[i], None when it was not given. */
+static bool parse_call(const char *function, const char *const *known, int most, PyObject *const *args, Py_ssize_t count,
+                       PyObject *names, PyObject **values)
 {
-    static const char *const known[] = {"timeout", "protocol", "ip_version"};
-    if (SHM_LIKELY(count == 0 && !names))
-        return get_lease(self, self->mask, self->default_timeout_ns, true);
-    PyObject *values[3] = {NULL, NULL, NULL};
-    if (count > 3)
-        return PyErr_Format(PyExc_TypeError, "get() takes at most 3 arguments (%zd given)", count);
-    for (Py_ssize_t i = 0; i < count; i++)
-        values[i] = args[i];
+    for (int i = 0; i < most; i++)
+        values[i] = i < count ? args[i] : NULL;
+    if (count > most)
+        return PyErr_Format(PyExc_TypeError, "%s() takes at most %d arguments (%zd given)", function, most, count) != NULL;
     for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++) {
         PyObject *name = PyTuple_GET_ITEM(names, i);
         int at = 0;
-        while (at < 3 && PyUnicode_CompareWithASCIIString(name, known[at]))
+        while (at < most && PyUnicode_CompareWithASCIIString(name, known[at]))
             at++;
-        if (at == 3 || values[at])
-            return PyErr_Format(PyExc_TypeError, "get() got %s argument %R", at == 3 ? "an unexpected" : "a repeated", name);
+        if (at == most || values[at])
+            return PyErr_Format(PyExc_TypeError, "%s() got %s argument %R", function,
+                                at == most ? "an unexpected" : "a repeated", name) != NULL;
         values[at] = args[count + i];
     }
+    for (int i = 0; i < most; i++)
+        values[i] = values[i] ? values[i] : Py_None;
+    return true;
+}
+
+static const char *const get_arguments[] = {"timeout", "protocol", "ip_version"};
+
+static PyObject *pool_get(PoolObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    PyObject *values[3];
+    if (SHM_LIKELY(count == 0 && !names))
+        return get_lease(self, self->mask, self->default_timeout_ns, true);
+    if (!parse_call("get", get_arguments, 3, args, count, names, values))
+        return NULL;
     return get_with(self, values[0], values[1], values[2], true);
 }
 
-static PyObject *pool_try_get(PoolObject *self, PyObject *args, PyObject *names)
+static PyObject *pool_try_get(PoolObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    static char *known[] = {"protocol", "ip_version", NULL};
-    PyObject *protocol = NULL, *ip_version = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, names, "|OO:try_get", known, &protocol, &ip_version))
+    PyObject *values[2];
+    if (!parse_call("try_get", get_arguments + 1, 2, args, count, names, values))
         return NULL;
-    return get_with(self, NULL, protocol, ip_version, false);
+    return get_with(self, Py_None, values[0], values[1], false);
 }
+
+/* get_tcp() and its like: get() restricted to `mask`. */
+static PyObject *get_kind(PoolObject *self, const char *function, uint32_t mask, const char *protocol, int version,
+                          PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    PyObject *timeout;
+    if (!parse_call(function, get_arguments, 1, args, count, names, &timeout))
+        return NULL;
+    uint64_t timeout_ns = self->default_timeout_ns;
+    if (timeout != Py_None && !seconds_ns(timeout, "timeout", &timeout_ns))
+        return NULL;
+    if (SHM_LIKELY(self->mask & mask))
+        return get_lease(self, self->mask & mask, timeout_ns, true);
+    PyObject *kind = protocol ? PyUnicode_FromString(protocol) : PyLong_FromLong(version);
+    if (kind)
+        wanted_mask(self, protocol ? kind : Py_None, protocol ? Py_None : kind);
+    Py_XDECREF(kind);
+    return NULL;
+}
+
+#define GET_KIND(name, mask, protocol, version)                                                                        \
+    static PyObject *pool_##name(PoolObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)           \
+    {                                                                                                                  \
+        return get_kind(self, #name, mask, protocol, version, args, count, names);                                     \
+    }
+GET_KIND(get_tcp, 1 | 2, "tcp", 0)
+GET_KIND(get_udp, 4 | 8, "udp", 0)
+GET_KIND(get_ipv4, 1 | 4, NULL, 4)
+GET_KIND(get_ipv6, 2 | 8, NULL, 6)
 
 /* ---- snapshots: the slab as Python objects, for whoever looks; works on a read-only mapping ---- */
 
@@ -1223,13 +1297,6 @@ static PyObject *pool_create_(PoolObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static bool check_made(PoolObject *self)
-{
-    if (!self->made)
-        PyErr_SetString(PyExc_RuntimeError, "the pool was not created");
-    return self->made;
-}
-
 /* _mail(slot, id, fd) -> bool: put the descriptor of a connection that is being dialled into the slot's mailbox, in place of an
  * earlier one, so that recovery can end it if this process dies before the dial is done. */
 static PyObject *pool_mail(PoolObject *self, PyObject *args)
@@ -1490,7 +1557,11 @@ static void pool_dealloc(PoolObject *self)
 
 static PyMethodDef pool_methods[] = {
     {"get", FASTCALL(pool_get), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout=None, protocol=None, ip_version=None)")},
-    {"try_get", FASTCALL(pool_try_get), METH_VARARGS | METH_KEYWORDS, PyDoc_STR("try_get(protocol=None, ip_version=None)")},
+    {"try_get", FASTCALL(pool_try_get), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("try_get(protocol=None, ip_version=None)")},
+    {"get_tcp", FASTCALL(pool_get_tcp), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout, protocol='tcp')")},
+    {"get_udp", FASTCALL(pool_get_udp), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout, protocol='udp')")},
+    {"get_ipv4", FASTCALL(pool_get_ipv4), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout, ip_version=4)")},
+    {"get_ipv6", FASTCALL(pool_get_ipv6), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout, ip_version=6)")},
     {"_create", FASTCALL(pool_create_), METH_VARARGS, NULL},
     {"_mail", FASTCALL(pool_mail), METH_VARARGS, NULL},
     {"_recover", FASTCALL(pool_recover), METH_NOARGS, NULL},

@@ -86,7 +86,7 @@ enum {
     X(closed_leaked, "retired: the lease was dropped without release")                                                 \
     X(closed_idle, "retired: idle too long")                                                                           \
     X(closed_lifetime, "retired: too old")                                                                             \
-    X(closed_unhealthy, "retired: the health check or a hook refused it")                                              \
+    X(closed_refused, "retired: a hook refused it")                                                                    \
     X(closed_evicted, "retired: its permit was needed for another kind")                                               \
     X(closed_letter, "retired: its descriptor could not be fetched")                                                   \
     X(closed_owner_died, "retired: its holder died")                                                                   \
@@ -95,9 +95,7 @@ enum {
     X(recovered_leases, "leases of dead workers taken back")                                                           \
     X(recovered_offers, "offers to dead or late waiters taken back")                                                   \
     X(recovered_waiters, "queue places of dead workers freed")                                                         \
-    X(health_checks, "health checks run")                                                                              \
-    X(health_failures, "health checks that failed")                                                                    \
-    X(leaks, "leases out for longer than leak_timeout")
+    X(leaks, "leases dropped without release")
 
 #define SHM_COUNTER_ENUM_WORKER(name, text) SHM_W_##name,
 #define SHM_COUNTER_ENUM_TOTAL(name, text) SHM_T_##name,

@@ -156,7 +156,9 @@ class Dialer:
 
     def __call__(self, request: DialRequest) -> tuple[socket.socket, bytes]:
         started = time.monotonic()
-        sock = dial_target(self.target, request, self.config)
+        # Without what the pool adds to its own requests: the letter it posts early has no place for our metadata.
+        plain = DialRequest(request.protocol, request.ip_version, request.timeout, request.attempt)
+        sock = dial_target(self.target, plain, self.config)
         try:
             for option, value in (self.options.get("socket_keepalive_options") or {}).items():
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -575,6 +577,10 @@ class ConnectionPool(redis.ConnectionPool):
             lease.release()
         except LeaseExpired:
             connection._unbind()  # taken away meanwhile, or another process's; the answers were read all the same
+        except BaseException:  # an interrupt; without this, its traceback would hold the permit
+            with contextlib.suppress(LeaseExpired):
+                lease.discard("interrupted")
+            raise
 
     def make_connection(self) -> SharedConnection:
         """A connection object that is not leased yet; its `connect()` takes a lease."""

@@ -27,11 +27,6 @@ def dial_with_metadata(request: DialRequest) -> tuple[socket.socket, bytes]:
     return dial(request), b"primary"
 
 
-def is_healthy(conn: PooledConnection) -> bool:
-    conn.socket.sendall(b"PING\r\n")
-    return conn.socket.recv(7) == b"+PONG\r\n"
-
-
 def log_in(conn: PooledConnection) -> None:
     conn.session = object()
 
@@ -40,7 +35,7 @@ def make() -> list[Pool]:
     return [
         Pool("tcp://127.0.0.1:6379", max_connections=4),
         Pool(dial=dial, name="redis", get_timeout=math.inf),
-        Pool(dial=dial_with_metadata, health_check=is_healthy, on_created=log_in, socket_timeout=None),
+        Pool(dial=dial_with_metadata, on_borrow=log_in, socket_timeout=None),
         Pool(config=PoolConfig(target="unix:///run/redis.sock")),
         Pool(config=PoolConfig(dial=dial_with_metadata)),
     ]
@@ -87,7 +82,7 @@ def manage(pool: Pool) -> None:
 
 
 def configure(path: Path) -> PoolConfig:
-    config = PoolConfig.from_toml(path, on_leak=print)
+    config = PoolConfig.from_toml(path, on_return=print)
     config = PoolConfig.from_dict({**config.to_dict(), "max_connections": 5})
     assert_type(config.target, str | None)
     assert_type(config.effective_min_connections, int)
