@@ -236,7 +236,9 @@ class View:
         hidden = len(self.rows) - most
         if hidden <= 0:
             return self
-        shown = View(self.headings, self.rows[: max(0, most - 1)], self.styles[: max(0, most - 1)], self.left, self.widths)
+        shown = View(
+            self.headings, self.rows[: max(0, most - 1)], self.styles[: max(0, most - 1)], self.left, self.widths
+        )
         if most > 0:
             shown.add(f"… {hidden + 1} more", style="dim")
         return shown
@@ -453,7 +455,7 @@ def _printable(text: str) -> str:
 
 def print_views(views: Sequence[View]) -> None:
     """Plain lines on standard output, a blank one between the views."""
-    print("\n\n".join("\n".join(plain_lines(view.cut(ROWS_MAX))) for view in views if view.rows or not view.headings))
+    print("\n\n".join("\n".join(plain_lines(view.cut(ROWS_MAX))) for view in views if view.rows))
 
 
 def plain_lines(view: View) -> Iterator[str]:
@@ -504,7 +506,8 @@ def fit(views: Sequence[View], height: int) -> list[View]:
     fitted = list(views)
 
     def excess() -> int:
-        return sum(view.height for view in fitted) + len(fitted) - 1 - height
+        shown = [view.height for view in fitted if view.rows]
+        return sum(shown) + len(shown) - 1 - height
 
     while excess() > 0:
         longest = max((view for view in fitted if view.headings), key=lambda view: len(view.rows), default=None)
@@ -521,7 +524,7 @@ def _picture(views: Sequence[View]) -> RenderableType:
     from rich.text import Text
 
     parts: list[RenderableType] = []
-    for view in views:
+    for view in filter(lambda each: each.rows, views):
         parts.extend([Text("")] if parts else [])
         parts.append(_rich_table(view))
     return Group(*parts)

@@ -164,7 +164,7 @@ class ConnectionStats(_Record):
     flags: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PoolStats(_Record):
     """All of a pool, over all its processes. Counters are of the last `interval` seconds (the pool's life at first)."""
 
@@ -182,38 +182,38 @@ class PoolStats(_Record):
     oldest_wait: float
 
     # how calls of get() ended: leases by source, failures by kind
-    hits: int
-    freelist: int
-    steals: int
-    dials: int
-    handovers: int
-    timeouts: int
-    exhausted: int
-    refused: int
-    dial_errors: int
-    interrupted: int
+    hits: int = 0
+    freelist: int = 0
+    steals: int = 0
+    dials: int = 0
+    handovers: int = 0
+    timeouts: int = 0
+    exhausted: int = 0
+    refused: int = 0
+    dial_errors: int = 0
+    interrupted: int = 0
 
     # what else happened in the workers
-    waits: int
-    wait_ns: int
-    mailbox_reads: int
-    bad_letters: int
-    checks: int
-    errors: int
+    waits: int = 0
+    wait_ns: int = 0
+    mailbox_reads: int = 0
+    bad_letters: int = 0
+    checks: int = 0
+    errors: int = 0
 
     # what happened to connections
-    created: int
+    created: int = 0
     closed: dict[str, int]  # by reason
-    dial_attempts: int
-    dial_failures: int
-    failed_deposits: int
-    leaks: int
+    dial_attempts: int = 0
+    dial_failures: int = 0
+    failed_deposits: int = 0
+    leaks: int = 0
 
     # what was taken back from the dead
-    recoveries: int
-    recovered_leases: int
-    recovered_offers: int
-    recovered_waiters: int
+    recoveries: int = 0
+    recovered_leases: int = 0
+    recovered_offers: int = 0
+    recovered_waiters: int = 0
 
     # seconds
     get_latency: Latency  # call of get() to its return

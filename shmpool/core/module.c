@@ -65,6 +65,13 @@ static PyObject *lease_expired; /* shmpool.errors.LeaseExpired */
 
 #define NEVER UINT64_MAX
 
+/* Free-threaded builds: the slow paths of one Pool object exclude each other (the section is left while a thread blocks), as
+ * the GIL makes them do elsewhere. The warm path needs nothing: it only takes slots that are idle in the slab. */
+#if PY_VERSION_HEX < 0x030d0000
+#define Py_BEGIN_CRITICAL_SECTION(object) {
+#define Py_END_CRITICAL_SECTION() }
+#endif
+
 /* ---- small helpers ---- */
 
 /* Seconds as a Python float (or int, None) to nanoseconds; false with an exception set. inf is NEVER. */
@@ -191,6 +198,7 @@ static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigne
 {
     struct pool *pool = &self->pool;
     PyObject *type, *value, *traceback;
+    Py_BEGIN_CRITICAL_SECTION(self);
     PyErr_Fetch(&type, &value, &traceback);
     struct entry *entry = &pool->entries[claim->slot];
     bool current = entry->connection == SHM_LOAD(row, pool->slab.slots[claim->slot].connection);
@@ -204,6 +212,7 @@ static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigne
     if (!pool_is_open(pool))
         finish(self);
     PyErr_Restore(type, value, traceback);
+    Py_END_CRITICAL_SECTION();
 }
 
 /* LEASED by us -> ended. False: it was not ours any more. */
@@ -213,16 +222,6 @@ static bool retire_leased(PoolObject *self, struct pool_claim *claim, unsigned r
         return false;
     retire_condemned(self, claim, reason);
     return true;
-}
-
-static bool holds_any(struct pool *pool)
-{
-    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
-        uint64_t word = slot_load(&pool->slab.slots[slot]);
-        if (slot_owner(word) == pool->worker && slot_state(word) != SLOT_IDLE && slot_state(word) != SLOT_EMPTY)
-            return true;
-    }
-    return false;
 }
 
 static void drop_entries(PoolObject *self)
@@ -251,7 +250,7 @@ static void forget_foreign_sessions(PoolObject *self)
 static void finish(PoolObject *self)
 {
     struct pool *pool = &self->pool;
-    if (!self->made || self->finished || (pool_joined(pool) && holds_any(pool)))
+    if (!self->made || self->finished || (pool_joined(pool) && pool_holds_any(pool)))
         return;
     self->finished = true;
     forget_foreign_sessions(self);
@@ -400,8 +399,7 @@ static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
     case RELEASED:
         Py_RETURN_NONE;
     case RELEASE_RETIRE:
-        retire_leased(self, &lease->claim,
-                      pool_is_open(&self->pool) ? SHM_T_closed_evicted : SHM_T_closed_shutdown);
+        retire_leased(self, &lease->claim, pool_is_open(&self->pool) ? SHM_T_closed_letter : SHM_T_closed_shutdown);
         Py_RETURN_NONE;
     case RELEASE_STALE:
         break;
@@ -701,7 +699,7 @@ static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyO
         mailbox_drain(pool->mailboxes[claim->slot]); /* dial may have put an earlier socket there */
         if (mailbox_deposit(pool->mailboxes[claim->slot], pool->slab.header->id, claim->slot, id, fd,
                             PyBytes_AS_STRING(note), (size_t)PyBytes_GET_SIZE(note)))
-            birth.flags |= SHM_KIND_PRIVATE | SHM_KIND_UNMAILED;
+            birth.flags |= SHM_KIND_UNMAILED;
     }
     struct entry *entry = &pool->entries[claim->slot];
     struct parts old = entry_take(entry);
@@ -804,7 +802,7 @@ static bool wait_turn(PoolObject *self, struct request *request)
     }
     if (pool_joined(pool)) {
         if (clock_now() - now >= WAITER_SLICE_NS)
-            waiter_rematch(&pool->slab, &request->place);
+            pool_return_promise(pool, waiter_rematch(&pool->slab, &request->place));
         waiter_prepare(&pool->slab, &request->place);
     }
     return true;
@@ -840,7 +838,7 @@ static PyObject *look(PoolObject *self, struct request *request)
     Py_UNREACHABLE();
 }
 
-static PyObject *get_slow(PoolObject *self, uint32_t mask, uint64_t timeout_ns, bool may_wait)
+static PyObject *search_and_wait(PoolObject *self, uint32_t mask, uint64_t timeout_ns, bool may_wait)
 {
     struct pool *pool = &self->pool;
     struct request request = {.mask = mask, .may_wait = may_wait, .timeout_ns = timeout_ns, .begun_ns = clock_now()};
@@ -862,6 +860,15 @@ static PyObject *get_slow(PoolObject *self, uint32_t mask, uint64_t timeout_ns, 
         leave_queue(self, &request);
     if (!pool_is_open(pool))
         finish(self);
+    return lease;
+}
+
+static PyObject *get_slow(PoolObject *self, uint32_t mask, uint64_t timeout_ns, bool may_wait)
+{
+    PyObject *lease;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    lease = search_and_wait(self, mask, timeout_ns, may_wait);
+    Py_END_CRITICAL_SECTION();
     return lease;
 }
 
@@ -1398,9 +1405,8 @@ static PyObject *pool_expire(PoolObject *self, PyObject *unused)
 }
 
 /* _close_stale() -> int: close this process's copies of connections that have ended. */
-static PyObject *pool_close_stale(PoolObject *self, PyObject *unused)
+static PyObject *pool_close_stale_alone(PoolObject *self)
 {
-    (void)unused;
     if (!check_made(self) || self->finished)
         return check_made(self) ? PyLong_FromLong(0) : NULL;
     if (!ensure_joined(self))
@@ -1422,9 +1428,8 @@ static PyObject *pool_close_stale(PoolObject *self, PyObject *unused)
 }
 
 /* _shut() -> int: close the pool for all processes, retire what is idle; number retired. */
-static PyObject *pool_shut_(PoolObject *self, PyObject *unused)
+static PyObject *pool_shut__alone(PoolObject *self)
 {
-    (void)unused;
     if (!check_made(self))
         return NULL;
     struct pool *pool = &self->pool;
@@ -1441,9 +1446,8 @@ static PyObject *pool_shut_(PoolObject *self, PyObject *unused)
 }
 
 /* _finish() -> bool: give this process's part back if it holds no lease; whether it is done. */
-static PyObject *pool_finish(PoolObject *self, PyObject *unused)
+static PyObject *pool_finish_alone(PoolObject *self)
 {
-    (void)unused;
     if (!check_made(self))
         return NULL;
     finish(self);
@@ -1451,9 +1455,8 @@ static PyObject *pool_finish(PoolObject *self, PyObject *unused)
 }
 
 /* _leave() -> None: this process takes no further part; the pool lives on for the others. */
-static PyObject *pool_leave_(PoolObject *self, PyObject *unused)
+static PyObject *pool_leave__alone(PoolObject *self)
 {
-    (void)unused;
     if (self->made && !self->finished) {
         self->finished = true;
         forget_foreign_sessions(self);
@@ -1465,6 +1468,22 @@ static PyObject *pool_leave_(PoolObject *self, PyObject *unused)
     }
     Py_RETURN_NONE;
 }
+
+/* The methods that give things back, each alone on its pool. */
+#define ALONE(name)                                                                                                    \
+    static PyObject *name(PoolObject *self, PyObject *unused)                                                          \
+    {                                                                                                                  \
+        PyObject *result;                                                                                              \
+        (void)unused;                                                                                                  \
+        Py_BEGIN_CRITICAL_SECTION(self);                                                                               \
+        result = name##_alone(self);                                                                                   \
+        Py_END_CRITICAL_SECTION();                                                                                     \
+        return result;                                                                                                 \
+    }
+ALONE(pool_close_stale)
+ALONE(pool_shut_)
+ALONE(pool_finish)
+ALONE(pool_leave_)
 
 static PyObject *pool_is_open_(PoolObject *self, PyObject *unused)
 {

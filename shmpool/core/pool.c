@@ -94,8 +94,7 @@ static void sit_down(struct pool *pool, uint32_t index)
     struct worker_shm *row = &pool->slab.workers[index];
     pool->worker = index + 1;
     pool->row = row;
-    if (SHM_LOAD_ACQUIRE(worker, row->state) != SHM_WORKER_FREE)
-        recovery_sweep(pool, pool->worker);
+    recovery_sweep(pool, pool->worker); /* also when the row is FREE: a thread of one that left may have come too late */
     SHM_STORE(hint, row->pid, pool->pid);
     SHM_STORE(hint, row->started_ns, clock_now());
     SHM_ADD(hint, row->generation, 1);
@@ -129,8 +128,12 @@ static enum pool_verdict register_anew(struct pool *pool)
         errno = error;
         return POOL_ERRNO;
     }
-    if (find_place(pool, atomic_load_explicit(&pool->seat->fd, memory_order_acquire)))
-        return POOL_OK;
+    int fd = atomic_load_explicit(&pool->seat->fd, memory_order_acquire);
+    for (int tries = 0; tries < 50; tries++) { /* a free place may be locked by a recoverer for a moment */
+        if (find_place(pool, fd))
+            return POOL_OK;
+        usleep(1000);
+    }
     seat_close(pool->seat);
     return POOL_NO_WORKER;
 }
@@ -150,15 +153,31 @@ enum pool_verdict pool_join(struct pool *pool)
     }
 }
 
+bool pool_holds_any(struct pool *pool)
+{
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        uint64_t word = slot_load(&pool->slab.slots[slot]);
+        if (slot_owner(word) == pool->worker && slot_state(word) != SLOT_IDLE && slot_state(word) != SLOT_EMPTY)
+            return true;
+    }
+    return false;
+}
+
 void pool_leave(struct pool *pool)
 {
     uint32_t phase = FORK_READY;
     if (!SHM_CAS_SEQ(private, pool->fork->phase, &phase, FORK_CHANGING))
         return; /* not registered, or a fork of one that was */
-    recovery_sweep(pool, pool->worker);
-    SHM_STORE_RELEASE(worker, pool->row->state, SHM_WORKER_FREE);
+    while (atomic_exchange_explicit(&pool->recovering, true, memory_order_acquire))
+        sched_yield(); /* a thread of ours sweeps with the seat that we are about to close */
+    recovery_sweep_own(pool);
+    for (int tries = 0; tries < 100 && pool_holds_any(pool); tries++)
+        usleep(1000);
+    if (!pool_holds_any(pool)) /* else the row stays ACTIVE, and whoever comes sweeps it */
+        SHM_STORE_RELEASE(worker, pool->row->state, SHM_WORKER_FREE);
     pool->generation++;
     seat_close(pool->seat);
+    atomic_store_explicit(&pool->recovering, false, memory_order_release);
     SHM_STORE_RELEASE(private, pool->fork->phase, FORK_WIPED);
 }
 
@@ -283,7 +302,7 @@ static bool take_other(struct pool *pool, uint32_t mask, struct pool_claim *clai
         struct slot_shm *row = &pool->slab.slots[slot];
         uint64_t word = slot_load(row);
         uint32_t kind = SHM_LOAD(row, row->kind);
-        if (slot_state(word) != SLOT_IDLE || pool_fits(pool, row, kind, mask) || (kind & SHM_KIND_UNMAILED) ||
+        if (slot_state(word) != SLOT_IDLE || pool_fits(pool, row, kind, mask) ||
             !slot_move(row, &word, pool->worker, SLOT_RETIRING))
             continue;
         *claim = (struct pool_claim){slot, SOURCE_DIAL, word};
@@ -471,11 +490,9 @@ enum pool_released pool_release_contended(struct pool *pool, struct pool_claim *
 {
     struct slot_shm *row = &pool->slab.slots[claim->slot];
     struct waiter_seen seen;
-    uint32_t mask = 1u << kind_bucket(SHM_LOAD(row, row->kind));
+    uint32_t mask = kind_mask(SHM_LOAD(row, row->kind));
     if (!pool_is_open(pool))
         return RELEASE_RETIRE;
-    if (SHM_LOAD(row, row->kind) & SHM_KIND_UNMAILED)
-        return RELEASE_RETIRE; /* only we can end it, so it must not lie idle while others wait for its permit */
     if ((SHM_LOAD(row, row->kind) & SHM_KIND_PRIVATE) || !waiter_first(&pool->slab, mask, &seen))
         return release_and_wake(pool, claim, WAITER_ANY_BUCKET); /* its permit is of use to them: they may evict it */
     uint64_t now = clock_now(), since = waiter_since(&pool->slab, &seen);
@@ -497,8 +514,8 @@ void pool_release_late(struct pool *pool, uint32_t slot)
     struct pool_claim claim = {.slot = slot, .word = slot_load(row)};
     if (pool_is_open(pool)) {
         struct waiter_seen seen;
-        uint32_t mask = 1u << kind_bucket(SHM_LOAD(row, row->kind));
-        bool fits = (mask & WAITER_ANY_BUCKET) && waiter_first(&pool->slab, mask, &seen);
+        uint32_t mask = kind_mask(SHM_LOAD(row, row->kind));
+        bool fits = waiter_first(&pool->slab, mask, &seen);
         waiter_wake_first(&pool->slab, fits ? mask : WAITER_ANY_BUCKET);
     } else if (slot_state(claim.word) == SLOT_IDLE && pool_condemn(pool, &claim))
         pool_retire(pool, &claim, -1, SHM_T_closed_shutdown);

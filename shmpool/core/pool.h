@@ -63,7 +63,10 @@ enum pool_verdict pool_create(struct pool *pool, int slab_fd, const struct slab_
                               const struct slab_identity *who, const struct pool_options *options);
 /* Register this process (also the first time in a forked child). Cheap when done already. */
 enum pool_verdict pool_join(struct pool *pool);
-/* Leave: give the index back. Leases of this process that are still out are retired. */
+/* Does this process lease, open or end a connection this moment? */
+bool pool_holds_any(struct pool *pool);
+/* Leave: give the index back. Leases of this process that are still out are retired; what a thread of ours is opening or ending is
+ * waited for a little, and then left to recovery. */
 void pool_leave(struct pool *pool);
 /* Close mailboxes and slab file; the mapping stays readable. After pool_leave, when nothing is held any more. */
 void pool_release_descriptors(struct pool *pool);
@@ -159,6 +162,11 @@ bool pool_take_idle(struct pool *pool, uint32_t from, struct pool_claim *claim);
 /* ---- inline parts ---- */
 
 static inline unsigned kind_bucket(uint32_t kind) { return kind & 0xff; }
+/* the waiters that a connection of this kind may serve; all of them when the kind is damaged */
+static inline uint32_t kind_mask(uint32_t kind)
+{
+    return kind_bucket(kind) < SHM_BUCKETS ? 1u << kind_bucket(kind) : WAITER_ANY_BUCKET;
+}
 
 /* May this process use a connection of that kind, and is it of a wanted bucket? */
 static inline bool pool_fits(const struct pool *pool, const struct slot_shm *row, uint32_t kind, uint32_t mask)
@@ -218,6 +226,8 @@ static inline enum pool_released pool_release(struct pool *pool, struct pool_cla
     struct slot_shm *row = &pool->slab.slots[claim->slot];
     if (SHM_UNLIKELY(slot_load(row) != claim->word))
         return RELEASE_STALE;
+    if (SHM_UNLIKELY(SHM_LOAD(row, row->kind) & SHM_KIND_UNMAILED))
+        return RELEASE_RETIRE; /* nobody else could use it, nor end it */
     SHM_STORE(row, row->last_used_ns, now_coarse);
     if (SHM_UNLIKELY(SHM_LOAD_SEQ(queue, pool->slab.header->summary)))
         return pool_release_contended(pool, claim);

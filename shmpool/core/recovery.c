@@ -30,13 +30,15 @@ static bool take_over(struct pool *pool, uint32_t slot, uint32_t dead, struct po
     return slot_may_move(state, SLOT_RETIRING) && slot_move(row, &claim->word, pool->worker, SLOT_RETIRING);
 }
 
-uint32_t recovery_sweep(struct pool *pool, uint32_t dead)
+/* Sweep the slots of `dead` that are in one of `states` (bits). */
+static uint32_t sweep_slots(struct pool *pool, uint32_t dead, unsigned states)
 {
     struct pool_claim claims[BATCH];
     uint32_t freed = 0, count = 0;
-    pool_count_total(pool, SHM_T_recovered_waiters, waiter_forget(&pool->slab, dead));
+    pool_count_total(pool, SHM_T_recovered_waiters, waiter_forget(&pool->slab, dead)); /* first: no more offers to the dead */
     for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
-        count += take_over(pool, slot, dead, &claims[count]);
+        if (states >> slot_state(slot_load(&pool->slab.slots[slot])) & 1)
+            count += take_over(pool, slot, dead, &claims[count]);
         if (count == BATCH || (count && slot + 1 == pool->slab.layout.max_slots)) {
             pool_retire_many(pool, claims, NULL, count, SHM_T_closed_owner_died);
             freed += count;
@@ -45,6 +47,13 @@ uint32_t recovery_sweep(struct pool *pool, uint32_t dead)
     }
     waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);
     return freed;
+}
+
+uint32_t recovery_sweep(struct pool *pool, uint32_t dead) { return sweep_slots(pool, dead, ~0u); }
+
+void recovery_sweep_own(struct pool *pool)
+{
+    sweep_slots(pool, pool->worker, 1u << SLOT_LEASED | 1u << SLOT_OFFERED | 1u << SLOT_IDLE);
 }
 
 static uint32_t recover_one(struct pool *pool, int fd, uint32_t index)

@@ -21,6 +21,8 @@
 
 #define RECOVERY_INTERVAL_NS UINT64_C(10000000)
 
+/* Leaving: end our own leases and what else is ours and at rest. */
+void recovery_sweep_own(struct pool *pool);
 /* Sweep what worker number `dead` left; the caller holds its byte lock (or is about to become that number). Returns slots freed. */
 uint32_t recovery_sweep(struct pool *pool, uint32_t dead);
 /* Has nobody looked for RECOVERY_INTERVAL_NS? */

@@ -88,7 +88,7 @@ enum {
     X(closed_lifetime, "retired: too old")                                                                             \
     X(closed_refused, "retired: a hook refused it")                                                                    \
     X(closed_evicted, "retired: its permit was needed for another kind")                                               \
-    X(closed_letter, "retired: its descriptor could not be fetched")                                                   \
+    X(closed_letter, "retired: its descriptor could not be put into the mailbox, or fetched")                          \
     X(closed_owner_died, "retired: its holder died")                                                                   \
     X(closed_shutdown, "retired: the pool was closed")                                                                 \
     X(recoveries, "dead workers swept")                                                                                \
@@ -190,7 +190,7 @@ struct slot_shm {
     uint8_t padding_b[24];
 };
 
-enum { SHM_KIND_PRIVATE = 1 << 8 /* only private_owner can use it */, SHM_KIND_UNMAILED = 1 << 9 /* no letter */ };
+enum { SHM_KIND_PRIVATE = 1 << 8 /* only private_owner can use it */, SHM_KIND_UNMAILED = 1 << 9 /* no letter: ends at its release */ };
 
 _Static_assert(offsetof(struct header_shm, summary) == SHM_HEADER_BYTES - 128, "the summary has a line of its own");
 _Static_assert(sizeof(struct header_shm) == SHM_HEADER_BYTES, "header");

@@ -46,7 +46,7 @@
  *
  * ORDER(slot): seq_cst. Every change is a CAS here. Its release half publishes the row and the mailbox to the next holder,
  * its acquire half receives them; weaker would hand over a connection with the row of the one before. The total order is
- * needed against the waiter queue: see ORDER(queue) in waiter.h. Loads are acquire: a decision on a seen word is always
+ * needed against the waiter queue, for loads as well: see ORDER(queue) in waiter.h. A decision on a seen word is always
  * confirmed by a CAS from it.
  *
  * Source of the idea: HikariCP's ConcurrentBag (state per entry, CAS, hints beside it); sequence counters as in LMDB's
@@ -94,7 +94,7 @@ static inline uint64_t slot_next(uint64_t word, uint32_t owner, enum slot_state 
 bool slot_may_move(enum slot_state from, enum slot_state to);
 const char *slot_state_name(enum slot_state state);
 
-static inline uint64_t slot_load(struct slot_shm *slot) { return SHM_LOAD_ACQUIRE(slot, slot->word); }
+static inline uint64_t slot_load(struct slot_shm *slot) { return SHM_LOAD_SEQ(slot, slot->word); }
 
 /* The one way to change a slot: from exactly `*word`. On success *word is the new word; else it is untouched. */
 static inline bool slot_move(struct slot_shm *slot, uint64_t *word, uint32_t owner, enum slot_state state)

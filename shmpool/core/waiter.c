@@ -73,12 +73,14 @@ int64_t waiter_promised(struct slab *slab, struct waiter_place *place)
     return same_place(place, word) ? promised_slot(slab, word) : -1;
 }
 
-void waiter_rematch(struct slab *slab, struct waiter_place *place)
+int64_t waiter_rematch(struct slab *slab, struct waiter_place *place)
 {
     uint64_t word = SHM_LOAD_SEQ(offer, slab->waiter_words[place->cell]);
-    if (same_place(place, word) && waiter_state(word) == WAITER_MATCHED)
-        SHM_CAS_SEQ(offer, slab->waiter_words[place->cell], &word,
-                    waiter_word(place->ticket, 0, place->owner, place->mask, WAITER_WAITING));
+    uint64_t again = waiter_word(place->ticket, 0, place->owner, place->mask, WAITER_WAITING);
+    bool matched = same_place(place, word) && waiter_state(word) == WAITER_MATCHED;
+    if (!matched || !SHM_CAS_SEQ(offer, slab->waiter_words[place->cell], &word, again))
+        return -1;
+    return promised_slot(slab, word);
 }
 
 int64_t waiter_leave(struct slab *slab, struct waiter_place *place)
@@ -86,9 +88,13 @@ int64_t waiter_leave(struct slab *slab, struct waiter_place *place)
     assert(place->queued);
     place->queued = false;
     uint64_t word = SHM_LOAD_SEQ(offer, slab->waiter_words[place->cell]);
-    while (same_place(place, word)) /* a matcher may change it under us; it cannot do so for ever: its slot is one */
-        if (SHM_CAS_SEQ(offer, slab->waiter_words[place->cell], &word, WAITER_FREE_WORD))
-            return promised_slot(slab, word);
+    while (same_place(place, word)) { /* a matcher may change it under us; it cannot do so for ever: its slot is one */
+        if (!SHM_CAS_SEQ(offer, slab->waiter_words[place->cell], &word, WAITER_FREE_WORD))
+            continue;
+        if (SHM_LOAD_SEQ(futex, slab->waiters[place->cell].futex)) /* woken since the last look: that is for another now */
+            waiter_wake_first(slab, place->mask);
+        return promised_slot(slab, word);
+    }
     return -1; /* recovered under our feet: damage or a bug elsewhere; the place is not ours */
 }
 
@@ -100,6 +106,12 @@ void waiter_sleep(struct slab *slab, struct waiter_place *place, uint64_t timeou
 }
 
 /* ---- the releaser's side ---- */
+
+static void wake(struct slab *slab, uint32_t cell)
+{
+    if (!SHM_SWAP_SEQ(futex, slab->waiters[cell].futex, 1))
+        futex_wake(&slab->waiters[cell].futex);
+}
 
 /* Best fitting waiter of one group; returns false when every place in it is FREE. */
 static bool search_group(struct slab *slab, uint32_t group, uint32_t mask, struct waiter_seen *best, bool *found)
@@ -131,8 +143,10 @@ static void clear_group(struct slab *slab, uint32_t group)
     if (!search_group(slab, group, WAITER_ANY_BUCKET, &seen, &found))
         return;
     SHM_OR_SEQ(queue, slab->header->summary, UINT64_C(1) << group);
-    if (found && !SHM_SWAP_SEQ(futex, slab->waiters[seen.cell].futex, 1)) /* a releaser may have missed it meanwhile */
-        futex_wake(&slab->waiters[seen.cell].futex);
+    uint32_t first = group * SHM_WAITER_GROUP, end = first + SHM_WAITER_GROUP;
+    for (uint32_t cell = first; cell < end && cell < slab->layout.max_waiters; cell++)
+        if (waiter_state(SHM_LOAD_SEQ(queue, slab->waiter_words[cell])) == WAITER_WAITING)
+            wake(slab, cell); /* releasers may have missed them meanwhile */
 }
 
 bool waiter_first(struct slab *slab, uint32_t mask, struct waiter_seen *seen)
@@ -152,15 +166,9 @@ uint64_t waiter_since(struct slab *slab, const struct waiter_seen *seen)
     return SHM_LOAD(hint, slab->waiters[seen->cell].since_ns);
 }
 
-static void wake(struct slab *slab, uint32_t cell)
+/* The first fitting waiter that sleeps, or soon will. */
+static bool first_asleep(struct slab *slab, uint32_t mask, struct waiter_seen *best)
 {
-    if (!SHM_SWAP_SEQ(futex, slab->waiters[cell].futex, 1))
-        futex_wake(&slab->waiters[cell].futex);
-}
-
-void waiter_wake_first(struct slab *slab, uint32_t mask)
-{
-    struct waiter_seen best = {0, 0};
     bool found = false;
     uint64_t groups = SHM_LOAD_SEQ(queue, slab->header->summary) & ~SHM_ATTENTION;
     for (; groups; groups &= groups - 1) {
@@ -170,13 +178,22 @@ void waiter_wake_first(struct slab *slab, uint32_t mask)
             if (waiter_state(word) != WAITER_WAITING || !(waiter_mask(word) & mask) ||
                 SHM_LOAD_SEQ(futex, slab->waiters[cell].futex))
                 continue;
-            if (!found || waiter_before(waiter_ticket(word), waiter_ticket(best.word)))
-                best = (struct waiter_seen){cell, word};
+            if (!found || waiter_before(waiter_ticket(word), waiter_ticket(best->word)))
+                *best = (struct waiter_seen){cell, word};
             found = true;
         }
     }
-    if (found)
-        wake(slab, best.cell);
+    return found;
+}
+
+void waiter_wake_first(struct slab *slab, uint32_t mask)
+{
+    struct waiter_seen seen;
+    while (first_asleep(slab, mask, &seen)) {
+        wake(slab, seen.cell);
+        if (SHM_LOAD_SEQ(futex, slab->waiter_words[seen.cell]) == seen.word)
+            return; /* else it was leaving: the wake-up is for the next */
+    }
 }
 
 void waiter_wake_all(struct slab *slab)
@@ -201,7 +218,8 @@ enum waiter_offered waiter_offer(struct slab *slab, uint32_t slot, uint64_t *wor
         if (!SHM_CAS_SEQ(offer, slab->waiter_words[seen.cell], &seen.word, matched))
             continue;
         if (!slot_move(row, word, owner, SLOT_OFFERED)) {
-            SHM_CAS_SEQ(offer, slab->waiter_words[seen.cell], &matched, seen.word);
+            if (SHM_CAS_SEQ(offer, slab->waiter_words[seen.cell], &matched, seen.word))
+                wake(slab, seen.cell); /* another releaser may have passed it over meanwhile */
             return WAITER_LOST;
         }
         if (SHM_LOAD_SEQ(offer, slab->waiter_words[seen.cell]) == matched) {

@@ -33,7 +33,9 @@
  * than a slice: a wake-up can die with the process it was meant for.
  * ORDER(offer): seq_cst. The releaser moves the slot to OFFERED and then reads the waiter's word; the leaving waiter frees its
  * word and then reads the slot: one of them sees the other and takes the offer back. Weaker: an offer that nobody knows of.
- * ORDER(futex): seq_cst. The waiter clears the futex and then looks; the waker publishes and then sets it.
+ * ORDER(futex): seq_cst. The waiter clears the futex and then looks; the waker publishes and then sets it. A waiter that leaves
+ * frees its word and then reads the futex, the waker sets the futex and then reads the word again: a wake-up that came too late
+ * for a leaver is passed on by one of the two. Weaker: it dies with the leaver, and the next sleeps a slice beside a free slot.
  *
  * Wrap-around of tickets (2^27 waits): the order is compared modulo 2^27; an exact repetition of a word names the same cell and
  * owner in the state WAITING, so a late CAS matches a waiter that does wait.
@@ -89,8 +91,9 @@ int64_t waiter_leave(struct slab *slab, struct waiter_place *place);
 void waiter_prepare(struct slab *slab, struct waiter_place *place);
 /* The slot promised to this place, or -1. */
 int64_t waiter_promised(struct slab *slab, struct waiter_place *place);
-/* No offer came in a slice: stand in the queue again, at the same place. */
-void waiter_rematch(struct slab *slab, struct waiter_place *place);
+/* No offer came in a slice: stand in the queue again, at the same place. Returns the slot that was promised, or -1: the offer may
+ * have come this moment, and the caller gives it back like a leaver. */
+int64_t waiter_rematch(struct slab *slab, struct waiter_place *place);
 /* Sleep until woken, a signal, or for `timeout_ns`; any wake-up means: look again. */
 void waiter_sleep(struct slab *slab, struct waiter_place *place, uint64_t timeout_ns);
 

@@ -4,7 +4,7 @@
     client = redis.Redis(connection_pool=pool)                                      # before or after it
     client.set("key", "value")
 
-What: `ConnectionPool` takes the place of redis-py's own; `Dialer` opens connections for it; `ping` is a health check.
+What: `ConnectionPool` takes the place of redis-py's own; `Dialer` opens connections for it.
 
 How: the handshake (HELLO or AUTH, SELECT, CLIENT SETNAME and SETINFO) is part of the dial, so it happens once per
 connection, whoever uses it later; what was agreed travels with the connection as its metadata. Each process has its
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 
     from .._core import PooledConnection
 
-__all__ = ["ConnectionPool", "Dialer", "SharedConnection", "ping"]
+__all__ = ["ConnectionPool", "Dialer", "SharedConnection"]
 
 # What commands do to a connection -----------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class Dialer:
 
     `target` is a `shmpool` target (`tcp://host:port` or `unix:///path`); `options` are those of redis-py's
     `Connection` (`db`, `username`, `password`, `protocol`, `client_name`, `credential_provider`, ...). Raises, when
-    called, `DialError` with redis-py's error as the cause. Its repr shows no secret. Pickles when its options do.
+    called, `DialError` with redis-py's error as the cause. Its repr shows no secret.
     """
 
     def __init__(self, target: str, *, socket_timeout: float | None = None, **options: Any) -> None:
@@ -149,10 +149,13 @@ class Dialer:
         if self.target.scheme is Protocol.UDP:
             raise InvalidConfig(field="target", value=target, remedy="Redis speaks TCP and unix sockets")
         self.options = {**options, "socket_timeout": socket_timeout}
-        self._handshake_options = _without(self.options, "retry", "retry_on_error", "retry_on_timeout")
+        unwanted = ("retry", "retry_on_error", "retry_on_timeout", "health_check_interval")
+        self._handshake_options = {name: value for name, value in self.options.items() if name not in unwanted}
+        # What the pool and its inspectors call its dial.
+        self.__qualname__ = f"Dialer({self.target}, db={self.options.get('db', 0)})"
 
     def __repr__(self) -> str:
-        return f"<redis handshake with {self.target}, db {self.options.get('db', 0)}>"
+        return f"<{self.__qualname__}>"
 
     def __call__(self, request: DialRequest) -> tuple[socket.socket, bytes]:
         started = time.monotonic()
@@ -224,19 +227,6 @@ def _unread_check(connection: Connection) -> Any:
     """A callable that tells whether the connection's parser holds bytes that it has not parsed."""
     parser: Any = connection._parser
     return parser._reader.has_data if hasattr(parser, "_reader") else parser._buffer.unread_bytes
-
-
-def ping(connection: PooledConnection) -> bool:
-    """A `health_check` for the pool: True when the server answers PING with PONG."""
-    sock = connection.socket
-    sock.sendall(b"*1\r\n$4\r\nPING\r\n")
-    answer = b""
-    while not answer.endswith(b"\r\n"):
-        part = sock.recv(64)
-        if not part:
-            return False
-        answer += part
-    return answer == b"+PONG\r\n"
 
 
 # A process's own object for a connection ----------------------------------------------------------------------------
@@ -367,8 +357,10 @@ class SharedConnection(Connection):
     def send_command(self, *args: Any, **kwargs: Any) -> None:
         packed = self._command_packer.pack(*args)
         self._ready()
+        if self.health_check_interval and kwargs.get("check_health", True):
+            self.check_health()  # before the command is noted: this may put another connection under us
         self._note(args)
-        super().send_packed_command(packed, kwargs.get("check_health", True))
+        super().send_packed_command(packed, False)
 
     def pack_command(self, *args: Any) -> Any:
         packed = super().pack_command(*args)
@@ -384,12 +376,14 @@ class SharedConnection(Connection):
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         commands, self._packed = self._packed, None
         self._ready()
+        if self.health_check_interval and check_health:
+            self.check_health()
         if commands is None:
             self._marked_by = "bytes that this connection did not pack"
         else:
             for args in commands:
                 self._note(args)
-        super().send_packed_command(command, check_health)
+        super().send_packed_command(command, False)
 
     def _note(self, args: tuple[Any, ...]) -> None:
         """Note a command before it is sent: an interrupted send may have sent it."""
@@ -458,12 +452,10 @@ class ConnectionPool(redis.ConnectionPool):
 
     `target` is a `redis://` or `unix://` URL, a shmpool target (`tcp://host:port`), or a `shmpool.Pool` whose `dial`
     is a `Dialer` (or that needs no handshake: RESP2, db 0, no password). Without it, `host`, `port` or `path` say
-    where. Other arguments are those of redis-py's `Connection` and the fields of `shmpool.PoolConfig`; three names
-    are known to both:
+    where. Other arguments are those of redis-py's `Connection` and the fields of `shmpool.PoolConfig`. Where both have
+    a word for one thing:
 
     - `socket_timeout` (s): how long an answer may take; the default is that of the installed redis-py, not the pool's.
-    - `health_check_interval` (s): how often idle connections are PINGed, by one process for all; 0 is never. redis-py
-      does it before a command.
     - `timeout` (s), of redis-py's `BlockingConnectionPool`, is `get_timeout`; `socket_connect_timeout` is
       `connection_timeout`.
 
@@ -481,14 +473,12 @@ class ConnectionPool(redis.ConnectionPool):
         port: int = 6379,
         path: str | None = None,
         timeout: float | None = _UNSET,
-        health_check_interval: float = 0,
         **settings: Any,
     ) -> None:
         if isinstance(target, str) and target.startswith(("redis:", "rediss:", "unix:")):
             from_url = _url_settings(target)
             host, port = from_url.pop("host", host), from_url.pop("port", port)
             path, timeout = from_url.pop("path", path), from_url.pop("timeout", timeout)
-            health_check_interval = from_url.pop("health_check_interval", health_check_interval)
             settings, target = {**settings, **from_url}, None
         _refuse_unknown(settings)
         pool_settings = {name: settings.pop(name) for name in list(settings) if name in _POOL_DEFAULTS}
@@ -499,7 +489,7 @@ class ConnectionPool(redis.ConnectionPool):
             self._pool, self._owns_pool = target, False
             options = _options_of(target, settings)
         else:
-            _put_aliases(pool_settings, settings, timeout, health_check_interval)
+            _put_aliases(pool_settings, settings, timeout)
             options = {**settings, "socket_timeout": pool_settings.pop("socket_timeout", _default_socket_timeout())}
             dialer = Dialer(target or _target_text(host, port, path), **options)
             options = {**_address_options(dialer.target), **options}
@@ -533,9 +523,6 @@ class ConnectionPool(redis.ConnectionPool):
 
     def __repr__(self) -> str:
         return f"<{type(self).__module__}.{type(self).__name__}({self._template._host_error()}, {self._pool!r})>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _from_pickle, (type(self), self._pool, _without(self.connection_kwargs, "himport_registry"))
 
     @property
     def pool(self) -> Pool:
@@ -700,13 +687,6 @@ class ConnectionPool(redis.ConnectionPool):
         return {each for each in list(self._objects) if each._is_leased()}
 
 
-def _from_pickle(cls: type[_P], pool: Pool, options: dict[str, Any]) -> _P:
-    made = cls.__new__(cls)
-    made._pool, made._owns_pool, made._creator_pid = pool, False, 0
-    made._set_up(options)
-    return made
-
-
 # Settings -----------------------------------------------------------------------------------------------------------
 
 
@@ -736,7 +716,7 @@ def _url_settings(url: str) -> dict[str, Any]:
 
 
 def _kind_of(name: str) -> type[int] | type[float] | type[str]:
-    if name in ("protocol", "min_connections", "max_idle_connections"):
+    if name in ("protocol", "min_connections"):
         return int
     default = _POOL_DEFAULTS.get(name)
     return float if isinstance(default, float) else int if type(default) is int else str
@@ -755,20 +735,13 @@ def _refuse_unknown(settings: dict[str, Any]) -> None:
             raise InvalidConfig(field=name, value=value, remedy=remedy)
 
 
-def _put_aliases(
-    pool_settings: dict[str, Any], settings: dict[str, Any], timeout: float | None, health_check_interval: float
-) -> None:
+def _put_aliases(pool_settings: dict[str, Any], settings: dict[str, Any], timeout: float | None) -> None:
     """redis-py's words for the pool's settings."""
     if timeout is not _UNSET:
         pool_settings.setdefault("get_timeout", math.inf if timeout is None else timeout)
     connect_timeout = settings.pop("socket_connect_timeout", None)
     if connect_timeout is not None:
         pool_settings.setdefault("connection_timeout", connect_timeout)
-    if health_check_interval:
-        pool_settings["health_check_interval"] = health_check_interval
-        pool_settings.setdefault("health_check", ping)
-        if health_check_interval <= _POOL_DEFAULTS["health_check_timeout"]:
-            pool_settings.setdefault("health_check_timeout", health_check_interval / 2)
 
 
 def _default_socket_timeout() -> float | None:
@@ -795,10 +768,6 @@ def _disagreement(metadata: bytes, connection: SharedConnection) -> str:
         return f"connections of this pool are opened without a handshake, {wanted} needs one; give the Pool a Dialer"
     found = json.loads(metadata)
     return "" if found == wanted else f"this connection was opened for {found}, its pool here is for {wanted}"
-
-
-def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in names}
 
 
 # Errors -------------------------------------------------------------------------------------------------------------

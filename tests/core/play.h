@@ -1,0 +1,328 @@
+/* play.h: several workers in one process.
+ *
+ * A player is a handle of its own on a shared slab: its own mapping, entries, fork page and seat, as a process has. The first
+ * founds the slab on a memfd, the others join it. play_get() and play_release() go the way of module.c without Python.
+ *
+ * Not here: what a test checks.
+ */
+#ifndef PLAY_H
+#define PLAY_H
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "freelist.h"
+#include "pool.h"
+#include "recovery.h"
+
+#define PLAY __attribute__((unused)) static
+
+#define PLAY_ANY WAITER_ANY_BUCKET
+#define PLAY_NEVER UINT64_MAX
+#define PLAY_MS UINT64_C(1000000)
+
+/* No sockets: connections are numbers only (for schedulers that replay millions of runs). */
+PLAY bool play_bare;
+
+PLAY struct slab_identity play_identity(void)
+{
+    static uint8_t id[16] = "a slab of a test";
+    return (struct slab_identity){id, 1, 1000, 2000, "check", "tcp://test:1", "{}"};
+}
+
+PLAY struct pool_options play_options(uint32_t cache)
+{
+    return (struct pool_options){.local_cache_size = cache, .alive_bypass_ns = 500 * PLAY_MS,
+                                 .idle_timeout_ns = PLAY_NEVER, .udp_clear_timeout_ns = PLAY_MS,
+                                 .udp_clear_max_packets = 16, .clear_udp_buffer = true, .stats = true};
+}
+
+PLAY int play_memory(uint64_t size)
+{
+    int fd = memfd_create("check", MFD_CLOEXEC);
+    CHECK(fd >= 0 && ftruncate(fd, (off_t)size) == 0);
+    return fd;
+}
+
+/* The first player, on a new slab. */
+PLAY struct pool *play_found(uint32_t slots, uint32_t workers, uint32_t waiters, uint32_t cache)
+{
+    struct slab_layout layout;
+    struct slab_identity who = play_identity();
+    struct pool_options options = play_options(cache);
+    struct pool *pool = calloc(1, sizeof *pool);
+    CHECK(pool && slab_layout(&layout, slots, workers, waiters));
+    CHECK_EQ(pool_create(pool, play_memory(layout.total_size), &layout, &who, &options), POOL_OK);
+    return pool;
+}
+
+/* A further player on the same slab, not registered yet. */
+PLAY struct pool *play_attach(const struct pool *first)
+{
+    struct pool *pool = calloc(1, sizeof *pool);
+    uint64_t size = first->slab.layout.total_size;
+    uint32_t slots = first->slab.layout.max_slots;
+    CHECK(pool);
+    pool->options = first->options;
+    pool->cache.size = first->cache.size;
+    pool->slab_fd = dup(first->slab_fd);
+    void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, pool->slab_fd, 0);
+    CHECK(base != MAP_FAILED);
+    CHECK_EQ(slab_open(&pool->slab, base, size), SLAB_OK);
+    pool->entries = calloc(slots, sizeof *pool->entries);
+    pool->mailboxes = calloc(slots, sizeof *pool->mailboxes);
+    pool->fork = fork_page_new();
+    pool->seat = seat_take();
+    CHECK(pool->entries && pool->mailboxes && pool->fork && pool->seat);
+    for (uint32_t i = 0; i < slots; i++) {
+        pool->entries[i].fd = -1;
+        pool->mailboxes[i] = dup(first->mailboxes[i]);
+    }
+    return pool;
+}
+
+PLAY struct pool *play_join(const struct pool *first)
+{
+    struct pool *pool = play_attach(first);
+    CHECK_EQ(pool_join(pool), POOL_OK);
+    return pool;
+}
+
+PLAY void play_drop_entry(struct entry *entry)
+{
+    if (entry->fd >= 0)
+        close(entry->fd);
+    entry->fd = -1;
+    entry->connection = 0;
+}
+
+/* Free the handle; whoever has not left before is dead to the others from now on. */
+PLAY void play_end(struct pool *pool)
+{
+    for (uint32_t i = 0; i < pool->slab.layout.max_slots; i++)
+        play_drop_entry(&pool->entries[i]);
+    pool_free(pool);
+    free(pool);
+}
+
+PLAY void play_leave(struct pool *pool)
+{
+    pool_leave(pool);
+    play_end(pool);
+}
+
+/* The player dies: the kernel drops its lock, and it does nothing more. */
+PLAY void play_die(struct pool *pool) { seat_close(pool->seat); }
+
+PLAY uint64_t play_word(struct pool *pool, uint32_t slot)
+{
+    return atomic_load_explicit(&pool->slab.slots[slot].word, memory_order_relaxed);
+}
+PLAY enum slot_state play_state(struct pool *pool, uint32_t slot) { return slot_state(play_word(pool, slot)); }
+
+PLAY uint32_t play_count(struct pool *pool, enum slot_state state)
+{
+    uint32_t count = 0;
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++)
+        count += play_state(pool, slot) == state;
+    return count;
+}
+
+PLAY uint64_t play_total(struct pool *pool, unsigned counter)
+{
+    return atomic_load_explicit(&pool->slab.totals->counters[counter], memory_order_relaxed);
+}
+
+/* ---- connections: stream pairs; the peer's end is given to the caller, or closed at once ---- */
+
+PLAY bool play_install_as(struct pool *pool, struct pool_claim *claim, struct pool_birth birth, int *peer)
+{
+    struct entry *entry = &pool->entries[claim->slot];
+    uint64_t id = pool_name_connection(pool, claim);
+    if (!play_bare) {
+        int ends[2];
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+        if (!(birth.flags & SHM_KIND_PRIVATE))
+            CHECK_EQ(mailbox_deposit(pool->mailboxes[claim->slot], pool->slab.header->id, claim->slot, id, ends[0], "note", 4),
+                     0);
+        play_drop_entry(entry);
+        entry->fd = ends[0];
+        entry->connection = id;
+        if (peer)
+            *peer = ends[1];
+        else
+            close(ends[1]);
+    }
+    return pool_install(pool, claim, &birth);
+}
+
+PLAY bool play_install(struct pool *pool, struct pool_claim *claim)
+{
+    return play_install_as(pool, claim, (struct pool_birth){.bucket = 0, .expires_ns = PLAY_NEVER}, NULL);
+}
+
+PLAY void play_retire(struct pool *pool, struct pool_claim *claim, unsigned reason)
+{
+    struct entry *entry = &pool->entries[claim->slot];
+    uint64_t connection = atomic_load_explicit(&pool->slab.slots[claim->slot].connection, memory_order_relaxed);
+    int fd = entry->connection == connection ? entry->fd : -1;
+    pool_retire(pool, claim, fd, reason);
+    if (fd >= 0)
+        play_drop_entry(entry);
+}
+
+/* The descriptor of a leased connection, fetched from the mailbox when this player has not seen it. -1: no letter. */
+PLAY int play_fetch(struct pool *pool, const struct pool_claim *claim)
+{
+    struct entry *entry = &pool->entries[claim->slot];
+    uint64_t connection = atomic_load_explicit(&pool->slab.slots[claim->slot].connection, memory_order_relaxed);
+    if (entry->connection == connection && connection)
+        return entry->fd;
+    struct letter letter;
+    int fd = mailbox_peek(pool->mailboxes[claim->slot], pool->slab.header->id, claim->slot, connection, &letter);
+    if (fd < 0)
+        return -1;
+    play_drop_entry(entry);
+    entry->fd = fd;
+    entry->connection = connection;
+    return fd;
+}
+
+/* ---- get and release, as module.c does them ---- */
+
+enum play_got { PLAY_GOT, PLAY_TIMED_OUT, PLAY_CLOSED, PLAY_CROWDED };
+
+PLAY void play_leave_queue(struct pool *pool, struct waiter_place *place)
+{
+    if (place->queued)
+        pool_return_promise(pool, waiter_leave(&pool->slab, place));
+}
+
+PLAY void play_sleep(struct pool *pool, struct waiter_place *place, uint64_t deadline)
+{
+    uint64_t now = clock_now();
+    uint64_t slice = deadline - now < WAITER_SLICE_NS ? deadline - now : WAITER_SLICE_NS;
+    waiter_sleep(&pool->slab, place, slice);
+    if (clock_now() - now >= WAITER_SLICE_NS)
+        waiter_rematch(&pool->slab, place);
+    waiter_prepare(&pool->slab, place);
+}
+
+/* One look: true when it is decided. */
+PLAY bool play_look(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim, uint64_t deadline,
+                    enum play_got *got)
+{
+    *got = PLAY_GOT;
+    switch (pool_take(pool, mask, place, claim)) {
+    case TAKEN_LEASED:
+        return true;
+    case TAKEN_DIAL:
+        CHECK(play_install(pool, claim));
+        return true;
+    case TAKEN_EVICTED:
+        play_retire(pool, claim, SHM_T_closed_evicted);
+        return false;
+    case TAKEN_RECOVER:
+        recovery_run(pool, false);
+        return false;
+    case TAKEN_CLOSED:
+        *got = PLAY_CLOSED;
+        return true;
+    case TAKEN_DAMAGED:
+        CHECK(!"a slot word is in no state that exists");
+        return true;
+    case TAKEN_NOTHING:
+        break;
+    }
+    uint64_t now = clock_now();
+    *got = PLAY_TIMED_OUT;
+    if (now >= deadline)
+        return true;
+    if (!place->queued) {
+        *got = PLAY_CROWDED;
+        return !waiter_enter(&pool->slab, place, pool->worker, mask, 1, now);
+    }
+    play_sleep(pool, place, deadline);
+    return false;
+}
+
+PLAY enum play_got play_get_any(struct pool *pool, uint32_t mask, uint64_t timeout_ns, struct pool_claim *claim)
+{
+    struct waiter_place place = {0};
+    uint64_t begun = clock_now(), deadline = timeout_ns > PLAY_NEVER - begun ? PLAY_NEVER : begun + timeout_ns;
+    enum play_got got = PLAY_GOT;
+    if (!pool_is_open(pool) || !pool_take_cached(pool, mask, claim))
+        while (!play_look(pool, mask, &place, claim, deadline, &got))
+            ;
+    play_leave_queue(pool, &place);
+    return got;
+}
+
+PLAY bool play_try(struct pool *pool, struct pool_claim *claim)
+{
+    return play_get_any(pool, PLAY_ANY, 0, claim) == PLAY_GOT;
+}
+
+/* A lease that must be there. */
+PLAY struct pool_claim play_lease(struct pool *pool)
+{
+    struct pool_claim claim = {0};
+    CHECK_EQ(play_get_any(pool, PLAY_ANY, 0, &claim), PLAY_GOT);
+    return claim;
+}
+
+PLAY enum pool_released play_release(struct pool *pool, struct pool_claim *claim)
+{
+    enum pool_released released = pool_release(pool, claim, clock_coarse());
+    if (released == RELEASE_RETIRE && pool_condemn(pool, claim))
+        play_retire(pool, claim, pool_is_open(pool) ? SHM_T_closed_evicted : SHM_T_closed_shutdown);
+    return released;
+}
+
+/* ---- what must hold when nobody is active ---- */
+
+/* Every slot can be leased once, by one player, and no more than that. Then all go back. */
+PLAY void play_lease_all(struct pool *pool)
+{
+    uint32_t slots = pool->slab.layout.max_slots;
+    struct pool_claim *claims = calloc(slots, sizeof *claims), one_more;
+    uint8_t *seen = calloc(slots, 1);
+    CHECK(claims && seen);
+    for (uint32_t i = 0; i < slots; i++) {
+        claims[i] = play_lease(pool);
+        CHECK(claims[i].slot < slots && !seen[claims[i].slot]);
+        seen[claims[i].slot] = 1;
+    }
+    CHECK(!play_try(pool, &one_more));
+    for (uint32_t i = 0; i < slots; i++) {
+        struct pool_claim stale = claims[i];
+        CHECK_EQ(play_release(pool, &claims[i]), RELEASED);
+        CHECK_EQ(play_release(pool, &stale), RELEASE_STALE);
+    }
+    free(claims);
+    free(seen);
+}
+
+PLAY void play_check_queue_empty(struct pool *pool)
+{
+    for (uint32_t cell = 0; cell < pool->slab.layout.max_waiters; cell++)
+        CHECK_EQ(atomic_load(&pool->slab.waiter_words[cell]), WAITER_FREE_WORD);
+}
+
+/* No worker index is lost: every row but those of the living is FREE. */
+PLAY void play_check_workers(struct pool *pool, uint32_t living)
+{
+    uint32_t active = 0;
+    for (uint32_t index = 0; index < pool->slab.layout.max_workers; index++) {
+        uint32_t state = atomic_load(&pool->slab.workers[index].state);
+        CHECK(state == SHM_WORKER_FREE || state == SHM_WORKER_ACTIVE);
+        active += state == SHM_WORKER_ACTIVE;
+    }
+    CHECK_EQ(active, living);
+}
+
+#endif

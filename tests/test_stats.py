@@ -1,0 +1,403 @@
+"""`PoolStats`: figures from snapshots made by hand, and from real pools of several processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shmpool import Pool
+from shmpool.stats import FAILURES, HELD, SOURCES, STATES, Latency, PoolStats
+
+CORE = Path(__file__).parent.parent / "shmpool" / "core"
+SECOND = 1_000_000_000
+NOW = 1000 * SECOND
+
+SLOT_FIELDS = [
+    "index",
+    "state",
+    "owner",
+    "id",
+    "bucket",
+    "peer",
+    "created_ns",
+    "last_used_ns",
+    "leased_ns",
+    "uses",
+    "flags",
+]
+WORKER_FIELDS = ["index", "pid", "alive", "started_ns", "generation", "counters", "get_hist", "use_hist"]
+WAITER_FIELDS = ["index", "worker", "tid", "mask", "since_ns", "state"]
+
+
+def core_counters(which: str) -> list[str]:
+    """The names in a list of counters of slab.h."""
+    text = (CORE / "slab.h").read_text(encoding="utf-8")
+    block = re.search(rf"#define SHM_{which}_COUNTERS\(X\)(.*?)\n\n", text, re.DOTALL)
+    assert block
+    return re.findall(r"X\((\w+),", block.group(1))
+
+
+WORKER_COUNTERS, TOTAL_COUNTERS = core_counters("WORKER"), core_counters("TOTAL")
+
+
+def worker(index: int, *, counters: dict[str, int] | None = None, **changes: Any) -> dict[str, Any]:
+    made = {
+        "index": index,
+        "pid": 100 + index,
+        "alive": True,
+        "started_ns": NOW - 10 * SECOND,
+        "generation": 1,
+        "counters": {**dict.fromkeys(WORKER_COUNTERS, 0), **(counters or {})},
+        "get_hist": [],
+        "use_hist": [],
+    }
+    return {**made, **changes}
+
+
+def slot(index: int, **changes: Any) -> dict[str, Any]:
+    made = {
+        "index": index,
+        "state": "idle",
+        "owner": -1,
+        "id": index + 1,
+        "bucket": 0,
+        "peer": socket.inet_aton("192.0.2.7").ljust(16, b"\0") + (6379).to_bytes(2, "big") + bytes(6),
+        "created_ns": NOW - 5 * SECOND,
+        "last_used_ns": NOW - 2 * SECOND,
+        "leased_ns": NOW - SECOND,
+        "uses": 3,
+        "flags": 0,
+    }
+    return {**made, **changes}
+
+
+def waiter(index: int, owner: int, waited_s: float) -> dict[str, Any]:
+    since = NOW - round(waited_s * SECOND)
+    return {"index": index, "worker": owner, "tid": 1, "mask": 31, "since_ns": since, "state": "waiting"}
+
+
+def snapshot(
+    *,
+    workers: tuple[dict[str, Any], ...] = (),
+    slots: tuple[dict[str, Any], ...] = (),
+    waiters: tuple[dict[str, Any], ...] = (),
+    totals: dict[str, int] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    made = {
+        "name": "p",
+        "target": "tcp://192.0.2.7:6379",
+        "config": "{}",
+        "uid": 0,
+        "creator_pid": 100,
+        "created_at": 1.5e9,
+        "now": NOW,
+        "state": "open",
+        "max_connections": 4,
+        "max_workers": 8,
+        "max_waiters": 8,
+        "size": 4096,
+        "retired": 0,
+        "totals": {**dict.fromkeys(TOTAL_COUNTERS, 0), **(totals or {})},
+        "slot_fields": tuple(SLOT_FIELDS),
+        "slots": [tuple(row[name] for name in SLOT_FIELDS) for row in slots],
+        "worker_fields": tuple(WORKER_FIELDS),
+        "workers": [tuple(row[name] for name in WORKER_FIELDS) for row in workers],
+        "waiter_fields": tuple(WAITER_FIELDS),
+        "waiters": [tuple(row[name] for name in WAITER_FIELDS) for row in waiters],
+        "wait_hist": [],
+        "dial_hist": [],
+    }
+    return {**made, **changes}
+
+
+def stats_of(**parts: Any) -> PoolStats:
+    return PoolStats.from_snapshot(snapshot(**parts))
+
+
+# Names are those of the core -----------------------------------------------------------------------------------------
+
+
+def test_each_counter_of_the_core_is_a_figure() -> None:
+    figures = {each.name for each in fields(PoolStats)}
+    plain = {name for name in (*WORKER_COUNTERS, *TOTAL_COUNTERS) if not name.startswith("closed_")}
+    assert plain <= figures
+    assert {*SOURCES, *FAILURES} <= set(WORKER_COUNTERS)
+
+
+def test_each_figure_that_counts_is_a_counter_of_the_core() -> None:
+    counters = {each.name for each in fields(PoolStats) if each.type == "int"}
+    of_the_pool = {"pid", "max_connections", "waiting"}
+    assert counters - of_the_pool == {n for n in (*WORKER_COUNTERS, *TOTAL_COUNTERS) if not n.startswith("closed_")}
+
+
+def test_states_are_those_of_the_core() -> None:
+    text = (CORE / "slot.h").read_text(encoding="utf-8")
+    block = re.search(r"#define SHM_SLOT_STATES\(X\)(.*?)\n\n", text, re.DOTALL)
+    assert block
+    assert tuple(re.findall(r'X\(\w+, "(\w+)"\)', block.group(1))) == STATES
+    assert set(STATES) - HELD == {"empty", "idle"}
+
+
+# Latency ------------------------------------------------------------------------------------------------------------
+
+rows = st.dictionaries(st.integers(0, 40), st.integers(0, 1000)).map(
+    lambda counts: [(64 * at, 64 * at + 64, count) for at, count in counts.items()]
+)
+
+
+@given(rows)
+def test_percentiles_are_those_of_the_values(histogram: list[tuple[int, int, int]]) -> None:
+    values = sorted((lower + upper) / 2e9 for lower, upper, count in histogram for _ in range(count))
+    latency = Latency.from_histogram(histogram)
+    assert latency.count == len(values)
+    if values:
+        for share, figure in ((0.5, latency.p50), (0.95, latency.p95), (0.99, latency.p99), (0.999, latency.p999)):
+            assert figure == values[math.ceil(share * len(values)) - 1]
+        assert latency.max == values[-1]
+        assert latency.mean == pytest.approx(sum(values) / len(values))
+    else:
+        assert latency == Latency()
+
+
+# Figures of a snapshot ----------------------------------------------------------------------------------------------
+
+
+def test_counters_are_summed_over_living_and_departed_workers() -> None:
+    stats = stats_of(
+        workers=(
+            worker(0, counters={"hits": 5, "timeouts": 1}),
+            worker(1, alive=False, counters={"hits": 2, "steals": 3, "dials": 1, "refused": 1}),
+        ),
+        totals={"created": 2, "closed_idle": 1, "closed_owner_died": 2, "recoveries": 1},
+    )
+    assert (stats.hits, stats.steals, stats.dials, stats.timeouts) == (7, 3, 1, 1)
+    assert (stats.successes, stats.gets) == (11, 13)
+    assert stats.hit_rate == 7 / 11
+    assert stats.reuse_average == 11 / 2
+    assert stats.recoveries == 1
+    assert {reason: count for reason, count in stats.closed.items() if count} == {"idle": 1, "owner_died": 2}
+    assert [(each.gets, each.successes) for each in stats.workers] == [(6, 5), (7, 6)]
+
+
+def test_gauges() -> None:
+    stats = stats_of(
+        workers=(worker(0), worker(1)),
+        slots=(
+            slot(0, state="leased", owner=0),
+            slot(1, state="offered", owner=1),
+            slot(2, state="idle", owner=1),
+            slot(3, state="empty"),
+        ),
+        waiters=(waiter(0, 1, 0.25), waiter(1, 1, 0.5)),
+    )
+    assert stats.connections == {**dict.fromkeys(STATES, 0), "leased": 1, "offered": 1, "idle": 1, "empty": 1}
+    assert (stats.open, stats.in_use, stats.idle, stats.waiting) == (3, 2, 1, 2)
+    assert stats.utilisation == 0.5
+    assert stats.oldest_wait == 0.5
+    assert [(each.held, each.cached, each.waiting) for each in stats.workers] == [(1, 0, 0), (1, 1, 2)]
+    assert [(each.state, each.holder, each.cached_by) for each in stats.slots] == [
+        ("leased", 100, None),
+        ("offered", 101, None),
+        ("idle", None, 101),
+    ]
+
+
+def test_a_new_pool_divides_nothing_by_zero() -> None:
+    stats = stats_of()
+    assert (stats.hit_rate, stats.reuse_average, stats.utilisation, stats.per_second(3) > 0) == (0, 0, 0, True)
+    assert stats.get_latency == Latency()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "packed", "expected"),
+    [
+        (0, socket.inet_aton("192.0.2.7"), ("tcp", 4, "192.0.2.7:6379")),
+        (1, socket.inet_pton(socket.AF_INET6, "2001:db8::1"), ("tcp", 6, "[2001:db8::1]:6379")),
+        (2, socket.inet_aton("192.0.2.7"), ("udp", 4, "192.0.2.7:6379")),
+        (3, socket.inet_pton(socket.AF_INET6, "::1"), ("udp", 6, "[::1]:6379")),
+    ],
+)
+def test_kind_and_peer(bucket: int, packed: bytes, expected: tuple[str, int, str]) -> None:
+    peer = packed.ljust(16, b"\0") + (6379).to_bytes(2, "big") + bytes(6)
+    (seen,) = stats_of(slots=(slot(0, bucket=bucket, peer=peer),)).slots
+    assert (seen.protocol, seen.ip_version, seen.peer) == expected
+
+
+def test_a_unix_peer_is_the_path_of_the_target() -> None:
+    (seen,) = stats_of(target="unix:///run/x.sock", slots=(slot(0, bucket=4, peer=bytes(24)),)).slots
+    assert (seen.protocol, seen.ip_version, seen.peer) == ("unix", None, "/run/x.sock")
+    (seen,) = stats_of(target="some.dial", slots=(slot(0, bucket=4, peer=bytes(24)),)).slots
+    assert seen.peer == ""
+
+
+def test_ages() -> None:
+    leased, idle, fresh, early = stats_of(
+        slots=(
+            slot(0, state="leased"),
+            slot(1),
+            slot(2, last_used_ns=0, created_ns=NOW - SECOND),
+            slot(3, created_ns=NOW + 1000),  # a clock that is read at another moment
+        )
+    ).slots
+    assert (leased.age, leased.since) == (5.0, 1.0)
+    assert (idle.age, idle.since) == (5.0, 2.0)
+    assert (fresh.age, fresh.since) == (1.0, 1.0)
+    assert early.age == 0.0
+
+
+def test_a_connection_that_is_being_dialled_is_not_the_one_before() -> None:
+    (seen,) = stats_of(slots=(slot(0, state="dialing", owner=0, flags=3),), workers=(worker(0),)).slots
+    assert (seen.holder, seen.peer, seen.age, seen.since, seen.uses, seen.flags) == (100, "", None, None, 0, ())
+
+
+def test_flags() -> None:
+    seen = stats_of(slots=(slot(0, flags=1), slot(1, flags=2), slot(2))).slots
+    assert [each.flags for each in seen] == [("private",), ("unmailed",), ()]
+
+
+def test_a_damaged_slab_yields_figures_nevertheless() -> None:
+    stats = stats_of(
+        slots=(slot(0, state="invalid", owner=4000, bucket=200), slot(1, bucket=200, owner=77)),
+        waiters=(waiter(0, 4000, 1),),
+    )
+    assert stats.connections["invalid"] == 1
+    assert [each.cached_by for each in stats.slots] == [None, None]
+    json.dumps(stats.to_dict())
+
+
+def test_figures_do_not_change() -> None:
+    stats = stats_of()
+    with pytest.raises(FrozenInstanceError):
+        stats.hits = 3  # type: ignore[misc]
+    assert stats == stats_of(created_at=stats.created_at) or stats.interval > 0
+
+
+def test_to_dict_is_json_and_complete() -> None:
+    stats = stats_of(workers=(worker(0, counters={"hits": 1}),), slots=(slot(0, flags=1),))
+    plain = json.loads(json.dumps(stats.to_dict()))
+    assert {each.name for each in fields(PoolStats) if not each.name.startswith("_")} <= set(plain)
+    assert plain["successes"] == 1
+    assert plain["utilisation"] == 0
+    assert plain["workers"][0]["counters"]["hits"] == 1
+    assert plain["workers"][0]["hit_rate"] == 1.0
+    assert plain["slots"][0]["flags"] == ["private"]
+    assert plain["get_latency"]["p999"] == 0
+    assert not any(name.startswith("_") for name in plain)
+
+
+# Differences --------------------------------------------------------------------------------------------------------
+
+
+def test_diff_takes_off_counters_and_latencies_and_keeps_gauges() -> None:
+    earlier = stats_of(
+        now=NOW - 2 * SECOND,
+        workers=(worker(0, counters={"hits": 10}, get_hist=[(64, 66, 10), (128, 130, 1)]),),
+        totals={"created": 1, "closed_idle": 1},
+        dial_hist=[(64, 66, 1)],
+    )
+    later = stats_of(
+        workers=(
+            worker(0, counters={"hits": 25}, get_hist=[(64, 66, 10), (128, 130, 4)]),
+            worker(1, counters={"hits": 5}, get_hist=[(128, 130, 1)]),
+        ),
+        slots=(slot(0, state="leased", owner=0),),
+        totals={"created": 4, "closed_idle": 1},
+        dial_hist=[(64, 66, 1), (640, 660, 3)],
+    )
+    change = later.diff(earlier)
+    assert change.interval == 2.0
+    assert (change.hits, change.created, change.closed["idle"]) == (20, 3, 0)
+    assert change.per_second(change.successes) == 10
+    assert [each.successes for each in change.workers] == [15, 5]
+    assert change.get_latency == Latency.from_histogram([(128, 130, 4)])
+    assert change.dial_latency == Latency.from_histogram([(640, 660, 3)])
+    assert (change.in_use, change.slots) == (later.in_use, later.slots)
+    assert change.max_connections == 4
+
+
+def test_diff_with_itself_is_nothing() -> None:
+    stats = stats_of(workers=(worker(0, counters={"hits": 10}, use_hist=[(64, 66, 10)]),))
+    change = stats.diff(stats)
+    assert (change.interval, change.gets, change.use_latency, change.per_second(change.gets)) == (0, 0, Latency(), 0)
+
+
+def test_diff_with_another_pool_of_the_name_takes_nothing_off() -> None:
+    earlier = stats_of(created_at=1.4e9, workers=(worker(0, counters={"hits": 10}),))
+    later = stats_of(workers=(worker(0, counters={"hits": 3}),))
+    assert later.diff(earlier).hits == 3
+
+
+# Of real pools ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_pool_of_this_process(url: str) -> None:
+    before = time.time()
+    with Pool(url, max_connections=3) as pool:
+        for _ in range(50):
+            with pool.get():
+                pass
+        lease = pool.get()
+        stats = pool.stats()
+        assert (stats.name, stats.target, stats.state, stats.pid) == (pool.name, url, "open", os.getpid())
+        assert before <= stats.created_at <= time.time()
+        assert 0 < stats.interval <= time.time() - before + 0.1
+        assert (stats.successes, stats.dials, stats.created, stats.in_use) == (51, 1, 1, 1)
+        assert stats.dial_latency.count == 1
+        assert 0 < stats.dial_latency.p50 < 5
+        (mine,) = stats.workers
+        assert (mine.pid, mine.alive, mine.held) == (os.getpid(), True, 1)
+        (connection,) = stats.slots
+        assert (connection.id, connection.holder, connection.uses) == (lease.id, os.getpid(), 51)
+        assert url.endswith(connection.peer)
+        lease.release()
+        assert pool.stats().idle == 1
+    assert pool.stats().state == "closed"
+    assert pool.stats().closed["shutdown"] == 1
+
+
+def test_the_dead_stay_in_the_sums(url: str) -> None:
+    with Pool(url, max_connections=2) as pool:
+        ready, tell = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                for _ in range(20):
+                    with pool.get():
+                        pass
+                held = pool.get()
+                os.write(tell, b"x")
+                signal.pause()
+                held.release()
+            finally:
+                os._exit(1)
+        assert os.read(ready, 1) == b"x"
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(ready)
+        os.close(tell)
+        for lease in [pool.get(), pool.get()]:  # the second one is what the dead had
+            lease.release()
+        stats = pool.stats()
+        assert stats.successes == 21 + 2
+        assert (stats.recoveries, stats.recovered_leases) == (1, 1)
+        assert {each.pid: each.alive for each in stats.workers} == {os.getpid(): True, pid: False}
