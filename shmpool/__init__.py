@@ -15,6 +15,7 @@ from ._core import PooledConnection
 from .config import IPVersion, PoolConfig, Protocol
 from .dialing import DialRequest
 from .errors import (
+    DescriptorsLost,
     DialError,
     InvalidConfig,
     LeaseExpired,
@@ -36,6 +37,7 @@ from .stats import PoolStats
 __version__ = "0.1.0"
 
 __all__ = [
+    "DescriptorsLost",
     "DialError",
     "DialRequest",
     "IPVersion",

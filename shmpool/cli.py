@@ -36,8 +36,8 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 ROWS_MAX = 50  # of a table that is printed and not cut to a screen
 
 
-class _Misuse(Exception):
-    """The command line cannot be understood without a further word; the text says which."""
+class _Refusal(Exception):
+    """(text, exit status): the command cannot be done as it was given."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except _Misuse as error:
-        return _complain(str(error), MISUSED)
+    except _Refusal as error:
+        return _complain(*error.args)
     except InvalidConfig as error:
         return _complain(str(error), MISUSED)
     except PoolNotFound as error:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str, status: int) -> int:
-    print(f"shmpool: {_printable(text)}", file=sys.stderr)
+    print("shmpool:", "\n".join(map(_printable, text.split("\n"))), file=sys.stderr)
     return status
 
 
@@ -207,9 +207,9 @@ def _name(options: argparse.Namespace) -> str:
         return str(options.name)
     names = [info.name for info in list_pools()]
     if not names:
-        raise PoolError("there are no pools of this user")
+        raise _Refusal("there are no pools of this user", FAILED)
     if len(names) > 1:
-        raise _Misuse(f"there are several pools, name one: {', '.join(names)}")
+        raise _Refusal(f"there are several pools, name one: {', '.join(names)}", MISUSED)
     return names[0]
 
 
@@ -447,7 +447,7 @@ def _three_digits(value: float) -> str:
 
 def _printable(text: str) -> str:
     """A target or an error may hold what a terminal would obey."""
-    return "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 # Showing it: plain --------------------------------------------------------------------------------------------------

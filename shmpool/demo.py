@@ -63,6 +63,7 @@ HOST = "127.0.0.1"
 KILLS = 2
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
+LEASE_TIMEOUT_S = 5.0
 LOOK_EVERY_S = 0.02  # at the server's clients
 _COMMANDS = ("incrby", "set", "get")  # what workers send, and nothing else sends
 _PR_SET_PDEATHSIG = 1
@@ -493,7 +494,7 @@ def _lease_all(pool: Pool, connections: int) -> tuple[int, list[str]]:
         leases = []
         try:
             for _ in range(connections):
-                leases.append(stack.enter_context(pool.get(timeout=5.0)))
+                leases.append(stack.enter_context(pool.get(timeout=LEASE_TIMEOUT_S)))
         except PoolError as error:
             problems.append(f"{connections - len(leases)} of {connections} connections cannot be leased: {error}")
         problems += [f"connection {lease.id} does not answer" for lease in leases if not ping(lease)]

@@ -13,6 +13,7 @@ Not here: retries, backoff and the permit to dial (`pool`), and protocols spoken
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -152,6 +153,9 @@ def _open(
         _connect(sock, protocol, address, timeout)
         sock.settimeout(config.socket_timeout)
     except BaseException:
+        # A child forked meanwhile has a copy, which would go on connecting: this acts on the connection, whoever has it.
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
         sock.close()
         raise
     return sock

@@ -3,6 +3,7 @@
     PoolError(Exception)
     ├── InvalidConfig(ValueError)
     ├── PoolClosed
+    ├── DescriptorsLost
     ├── PoolTimeout(TimeoutError)
     ├── PoolExhausted
     ├── DialError(ConnectionError)
@@ -31,6 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "DescriptorsLost",
     "DialError",
     "InvalidConfig",
     "LeaseExpired",
@@ -95,6 +97,19 @@ class PoolClosed(PoolError):
 
     def _text(self) -> str:
         return f"{_named('pool', self.pool)} is closed; make a new Pool"
+
+
+@dataclass(eq=False, kw_only=True)
+class DescriptorsLost(PoolError):
+    """This process has closed the pool's descriptors, as daemons do that close all they inherited."""
+
+    pool: str = ""
+
+    def _text(self) -> str:
+        return (
+            f"{_named('pool', self.pool)} cannot be used here: its descriptors were closed in this process; "
+            "keep inherited descriptors open, or make the Pool after closing them"
+        )
 
 
 @dataclass(eq=False, kw_only=True)

@@ -29,6 +29,7 @@ from . import _core, slab
 from .config import IPVersion, PoolConfig, Protocol, Target
 from .dialing import DialRequest, buckets_of, dial_target
 from .errors import (
+    DescriptorsLost,
     DialError,
     InvalidConfig,
     NoConnectionForIPVersion,
@@ -51,6 +52,14 @@ BUCKETS: tuple[tuple[Protocol, IPVersion | None], ...] = (
 )
 _FAMILIES = {socket.AF_INET: IPVersion.V4, socket.AF_INET6: IPVersion.V6}
 _PROTOCOLS = {socket.SOCK_STREAM: Protocol.TCP, socket.SOCK_DGRAM: Protocol.UDP}
+# What socket.socket() must be told of a descriptor's bucket; -1: it looks (a dial may make unix sockets of any type).
+_SOCKET_KINDS = (
+    (socket.AF_INET, socket.SOCK_STREAM),
+    (socket.AF_INET6, socket.SOCK_STREAM),
+    (socket.AF_INET, socket.SOCK_DGRAM),
+    (socket.AF_INET6, socket.SOCK_DGRAM),
+    (-1, -1),
+)
 _LIFETIME_JITTER = 0.1  # connections of one birth end within this share of their lifetime
 _SPARE_DESCRIPTORS = 64  # left to the rest of the process when the limit is checked
 _CLOSE_POLL_S = 0.002
@@ -64,9 +73,9 @@ class PooledSocket(socket.socket):
     __slots__ = ("_mark",)
     CHANGED, RUINED = 1, 2
 
-    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
-        super().__init__(family, type, proto, fileno)
+    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:  # noqa: A002
         self._mark = bytearray(1)
+        super().__init__(family, type, proto, fileno)
 
     def settimeout(self, value: float | None, /) -> None:
         self._mark[0] |= self.CHANGED
@@ -185,11 +194,9 @@ class Pool(_core.PoolBase):
         self._recover()
         self._expire()
         self._close_stale()
-        while self._open_connections() < self._config.effective_min_connections:
-            lease = self._open(self._whole_mask())
-            if lease is None:
+        for _ in range(self._config.effective_min_connections - self._open_connections()):
+            if not self._open(self._whole_mask()):
                 break
-            lease.release()
 
     def close(self, timeout: float = 0.0) -> int:
         """Close the pool for all processes; returns how many leases are still out.
@@ -203,6 +210,7 @@ class Pool(_core.PoolBase):
         slab.remove_own(self._name, self._inode)
         while (out := self._leases_out()) and time.monotonic() < deadline:
             time.sleep(_CLOSE_POLL_S)
+            self._recover()  # a holder may die meanwhile
         self._finish()
         return out
 
@@ -262,10 +270,17 @@ class Pool(_core.PoolBase):
     def _ip_version_of(self, bucket: int) -> IPVersion | None:
         return BUCKETS[bucket][1]
 
-    def _wrap(self, fd: int, _bucket: int) -> tuple[PooledSocket, bytearray]:
-        """This process's socket for a descriptor from a mailbox."""
-        sock = PooledSocket(fileno=fd)
-        self._restore(sock)
+    def _wrap(self, fd: int, bucket: int) -> tuple[PooledSocket, bytearray]:
+        """This process's socket for a descriptor from a mailbox. The descriptor is closed if this raises."""
+        sock = PooledSocket.__new__(PooledSocket)  # exists before it owns the descriptor: one of the two is closed, not both
+        try:
+            sock.__init__(*_SOCKET_KINDS[bucket], fileno=fd)  # type: ignore[misc]
+            self._restore(sock)
+        except BaseException:
+            if sock.fileno() < 0:
+                os.close(fd)
+            socket.socket.close(sock)
+            raise
         return sock, sock._mark
 
     def _restore(self, sock: socket.socket) -> bool:
@@ -293,6 +308,8 @@ class Pool(_core.PoolBase):
             return PoolClosed(pool=self._name)
         if kind == "damaged":
             return SlabCorrupt(name=self._name, detail="a slot is in a state that does not exist")
+        if kind == "descriptors":
+            return DescriptorsLost(pool=self._name)
         counts = self._counts()
         if kind == "timeout":
             protocol, version = (None, None) if mask == self._whole_mask() else self._wanted(mask)
@@ -312,57 +329,57 @@ class Pool(_core.PoolBase):
         protocols, versions = {kind[0] for kind in kinds}, {kind[1] for kind in kinds}
         return (protocols.pop() if len(protocols) == 1 else None, versions.pop() if len(versions) == 1 else None)
 
-    def _dial(self, mask: int, left: float, slot: int, connection: int, waited: float) -> tuple[Any, ...]:
-        """Open the connection number `connection` for `slot`: `dial_retries` more times after a failure, within `left` seconds."""
+    def _dial(self, mask: int, left: float, slot: int, connection: int, timeout: float) -> tuple[Any, ...]:
+        """Open connection number `connection` for `slot`, within `left` of the `timeout` seconds that get() was given.
+
+        After a failure up to `dial_retries` times more, with a growing pause between.
+        """
         config = self._config
         deadline = time.monotonic() + left
         protocol, version = self._wanted(mask)
         pause = config.dial_backoff[0]
-        for attempt in range(1, config.dial_retries + 2):
-            timeout = min(config.connection_timeout, max(0.0, deadline - time.monotonic()))
+        attempt = 0
+        while True:
+            attempt += 1
+            limit = min(config.connection_timeout, max(0.0, deadline - time.monotonic()))
             mailed: list[bool] = []
 
             def predeposit(sock: socket.socket, mailed: list[bool] = mailed) -> None:
                 mailed[:] = [self._mail(slot, connection, sock.fileno())]
 
-            request = DialRequest(protocol, version, timeout, attempt, predeposit)
+            request = DialRequest(protocol, version, limit, attempt, predeposit)
             try:
                 return self._accept(*self._call_dial(request), mask, mailed == [True])
             except DialError as error:
-                now = time.monotonic()
-                if now >= deadline:
-                    total = waited + left
-                    counts = self._counts()
-                    raise PoolTimeout(waited=now - deadline + total, timeout=total, counts=counts) from error
+                late = time.monotonic() - deadline
+                if late >= 0:
+                    raise PoolTimeout(waited=timeout + late, timeout=timeout, counts=self._counts()) from error
                 if attempt > config.dial_retries:
                     raise
-                time.sleep(min(pause * random.uniform(0.5, 1.0), deadline - now))
+                time.sleep(min(pause * random.uniform(0.5, 1.0), -late))
                 pause = min(pause * 2, config.dial_backoff[1])
-        raise AssertionError("range() of the attempts is never empty")
 
     def _call_dial(self, request: DialRequest) -> tuple[socket.socket, bytes]:
         """Call the dial of this pool; every failure of it is a DialError with its cause."""
-        if self._target is not None:
-            return dial_target(self._target, request, self._config), b""
-        dial = self._config.dial
-        assert dial is not None
         started = time.monotonic()
         try:
-            result = dial(request)
-            sock, metadata = result if isinstance(result, tuple) else (result, b"")
-            if not isinstance(sock, socket.socket) or not isinstance(metadata, bytes):
-                raise TypeError(f"dial must return a socket, or (socket, bytes), not {result!r:.200}")
-            if sock.fileno() < 0:
-                raise ValueError("dial returned a closed socket")
-            if len(metadata) > _core.MAX_METADATA:
-                sock.close()
-                raise ValueError(f"dial returned {len(metadata)} bytes of metadata; {_core.MAX_METADATA} is the most")
+            if self._target is not None:
+                return dial_target(self._target, request, self._config), b""
+            assert self._config.dial is not None
+            result: Any = self._config.dial(request)
+            try:
+                return _socket_and_metadata(result)
+            except BaseException:
+                for each in result if isinstance(result, tuple) else (result,):
+                    if isinstance(each, socket.socket):
+                        each.close()
+                raise
         except PoolError:
             raise
         except Exception as error:
+            source = self._target.text if self._target else _name_of(self._config.dial)
             waited = time.monotonic() - started
-            raise DialError(target=_name_of(dial), attempt=request.attempt, waited=waited) from error
-        return sock, metadata
+            raise DialError(target=source, attempt=request.attempt, waited=waited) from error
 
     def _accept(self, sock: socket.socket, metadata: bytes, mask: int, mailed: bool) -> tuple[Any, ...]:
         """Take a dialled socket over: what the core's install() wants."""
@@ -375,7 +392,7 @@ class Pool(_core.PoolBase):
                     raise NoConnectionForProtocol(protocol=str(wanted[0]), available=(protocol.value,))
                 raise NoConnectionForIPVersion(ip_version=_as_int(wanted[1]), available=_versions(version))
             private = _is_private(sock)
-            ours = sock if private else PooledSocket(fileno=sock.detach())
+            ours = sock if private else _take_over(sock)
             sock = ours
             self._restore(ours)
             mark = ours._mark if isinstance(ours, PooledSocket) else bytearray(1)
@@ -407,18 +424,46 @@ def _is_private(sock: socket.socket) -> bool:
     return ssl is not None and isinstance(sock, ssl.SSLSocket)
 
 
+def _take_over(sock: socket.socket) -> PooledSocket:
+    """A PooledSocket in place of a dialled socket. At every instant exactly one of the two will close the descriptor."""
+    ours = PooledSocket.__new__(PooledSocket)
+    try:
+        ours.__init__(fileno=sock.fileno())  # type: ignore[misc]
+        sock.detach()
+    except BaseException:
+        if sock.fileno() >= 0:
+            socket.socket.detach(ours)
+        else:
+            socket.socket.close(ours)
+        raise
+    return ours
+
+
+def _socket_and_metadata(result: Any) -> tuple[socket.socket, bytes]:
+    """What a dial returned, checked."""
+    sock, metadata = result if isinstance(result, tuple) and len(result) == 2 else (result, b"")
+    if not isinstance(sock, socket.socket) or not isinstance(metadata, bytes):
+        raise TypeError(f"dial must return a socket, or (socket, bytes), not {result!r:.200}")
+    if sock.fileno() < 0:
+        raise ValueError("dial returned a closed socket")
+    if len(metadata) > _core.MAX_METADATA:
+        raise ValueError(f"dial returned {len(metadata)} bytes of metadata; {_core.MAX_METADATA} is the most")
+    return sock, metadata
+
+
 def _kind_of(sock: socket.socket) -> tuple[int, bytes]:
     """The bucket of a connected socket, and its peer as the slab stores it: address, port, nothing for unix."""
+    try:
+        peer = sock.getpeername()
+    except OSError as error:
+        raise DialError(target="dial") from error
     if sock.family == socket.AF_UNIX:
         return BUCKETS.index((Protocol.UNIX, None)), bytes(24)
     kind = (_PROTOCOLS.get(sock.type), _FAMILIES.get(sock.family))
     if kind not in BUCKETS:
         error = ValueError(f"dial must return a TCP, UDP or unix socket, not {sock.family!r} {sock.type!r}")
         raise DialError(target="dial") from error
-    try:
-        host, port = sock.getpeername()[:2]
-    except OSError as error:
-        raise DialError(target="dial") from error
+    host, port = peer[:2]
     packed = socket.inet_pton(sock.family, host.partition("%")[0])
     return BUCKETS.index(kind), packed.ljust(16, b"\0") + struct.pack("!H6x", port)
 

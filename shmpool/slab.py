@@ -127,7 +127,7 @@ def _opened(name: str) -> Iterator[_core.SlabView]:
 def remove_remains(name: str) -> bool:
     """Remove the segment `name` if no process uses it; whether the name is free now.
 
-    Only a regular file of this user is touched, and what is removed is what was looked at: it is renamed first.
+    Only a slab of this user is touched, and what is removed is what was looked at: it is renamed first.
     """
     path = path_of(name)
     try:
@@ -138,9 +138,10 @@ def remove_remains(name: str) -> bool:
         return False
     try:
         seen = os.fstat(fd)
-        if not stat.S_ISREG(seen.st_mode) or seen.st_uid != os.getuid() or _core.byte_is_locked(fd, _core.FAMILY_BYTE):
+        if not stat.S_ISREG(seen.st_mode) or seen.st_uid != os.getuid():
             return False
-        return _remove_this(path, seen)
+        ours = os.pread(fd, len(_core.SLAB_MAGIC), 0) == _core.SLAB_MAGIC  # of whatever version
+        return ours and not _core.byte_is_locked(fd, _core.FAMILY_BYTE) and _remove_this(path, seen)
     finally:
         os.close(fd)
 

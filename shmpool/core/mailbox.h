@@ -38,7 +38,9 @@ int mailbox_new(void);
 /* Put the letter for (slab_id, slot, connection) with descriptor `fd` and the note; 0 or errno (ETOOMANYREFS ...). */
 int mailbox_deposit(int mailbox, const uint8_t slab_id[16], uint32_t slot, uint64_t connection, int fd, const void *note,
                     size_t note_size);
-/* Duplicate the descriptor of the letter without taking it; -1 when there is none or it does not fit. `letter` is filled. */
+enum { MAILBOX_NONE = -1, MAILBOX_NO_ROOM = -2 };
+/* Duplicate the descriptor of the letter without taking it, and fill `letter`. MAILBOX_NONE: there is none, or it does not fit.
+ * MAILBOX_NO_ROOM: this process has no descriptor left to receive it with. */
 int mailbox_peek(int mailbox, const uint8_t slab_id[16], uint32_t slot, uint64_t connection, struct letter *letter);
 /* Take and drop every letter, closing the descriptors in them. */
 void mailbox_drain(int mailbox);

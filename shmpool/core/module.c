@@ -41,26 +41,27 @@ typedef struct {
     uint32_t mask;        /* buckets that get() takes when it is not told */
     uint64_t default_timeout_ns;
     PyObject *on_borrow, *on_return;
-#ifndef Py_GIL_DISABLED
-    LeaseObject *spares;
-    int spare_count;
-#endif
 } PoolObject;
 
 struct LeaseObject {
     PyObject_HEAD
-    PoolObject *owner;
+    PoolObject *owner;   /* NULL once the lease is over: what is kept of it keeps no pool */
     struct pool_claim claim;
     struct entry *entry;
     uint64_t begun_ns;   /* start of the lease, when it is timed */
     uint32_t weight;     /* of this sample; 0: not timed */
     uint32_t generation;
     bool active;
+    bool returning;      /* on_return runs: a release() in it does not run it again */
     uint64_t id;         /* of the connection, for the texts of errors */
     LeaseObject *next;   /* among the spares */
 };
 
 static PyTypeObject *pool_type, *lease_type, *view_type;
+#ifndef Py_GIL_DISABLED
+static LeaseObject *spares; /* dead leases to be used again; the GIL guards them */
+static int spare_count;
+#endif
 static PyObject *lease_expired; /* shmpool.errors.LeaseExpired */
 
 #define NEVER UINT64_MAX
@@ -116,16 +117,18 @@ static PyObject *expired(uint64_t id, const char *reason)
 
 /* ---- entries: what this process has of a connection ---- */
 
-static const char always_dirty[1] = {1};
+static const char always_dirty[1] = {1}, never_dirty[1] = {0};
 
-/* Take the objects out of an entry, so that the slot can be passed on before they are dropped. */
+/* What an entry has, taken out of it, so that the slot can be passed on before it is dropped. The socket object is made when the
+ * holder first asks for it; until then the entry's bare descriptor is ours to close. */
 struct parts {
     PyObject *socket, *session, *note;
+    int fd;
 };
 
 static struct parts entry_take(struct entry *entry)
 {
-    struct parts parts = {entry->socket, entry->session, entry->note};
+    struct parts parts = {entry->socket, entry->session, entry->note, entry->socket ? -1 : entry->fd};
     entry->connection = 0;
     entry->fd = -1;
     entry->dirty = always_dirty;
@@ -138,6 +141,9 @@ static void parts_drop_session(struct parts *parts) { Py_CLEAR(parts->session); 
 
 static void parts_close(struct parts *parts)
 {
+    if (parts->fd >= 0)
+        close(parts->fd);
+    parts->fd = -1;
     if (parts->socket) {
         PyObject *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
@@ -152,7 +158,7 @@ static void parts_close(struct parts *parts)
 }
 
 /* This process has not seen the slot's connection: drop what it has of an older one and fetch this one from the mailbox.
- * 1: done; 0: there is no letter that fits; -1: exception. */
+ * 1: done; 0: there is no letter that fits; -1: exception, the connection may be good. */
 static int entry_fetch(PoolObject *self, uint32_t slot)
 {
     struct pool *pool = &self->pool;
@@ -164,37 +170,64 @@ static int entry_fetch(PoolObject *self, uint32_t slot)
     uint64_t connection = SHM_LOAD(row, row->connection);
     struct letter letter;
     int fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
+    if (fd == MAILBOX_NO_ROOM) {
+        errno = EMFILE;
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
     pool_count(pool, fd < 0 ? SHM_W_bad_letters : SHM_W_mailbox_reads, 1);
     if (fd < 0)
         return 0;
     PyObject *note = PyBytes_FromStringAndSize((const char *)letter.note, letter.head.note_size);
-    PyObject *pair = note ? PyObject_CallMethod((PyObject *)self, "_wrap", "iI", fd,
-                                                (unsigned)kind_bucket(SHM_LOAD(row, row->kind)))
-                          : NULL;
-    if (!pair || !PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 || !PyByteArray_Check(PyTuple_GET_ITEM(pair, 1))) {
-        if (pair)
-            PyErr_SetString(PyExc_TypeError, "_wrap must return (socket, bytearray)");
-        else
-            close(fd);
-        Py_XDECREF(pair);
-        Py_XDECREF(note);
+    if (!note) {
+        close(fd);
         return -1;
     }
-    entry->socket = Py_NewRef(PyTuple_GET_ITEM(pair, 0));
-    entry->dirty = PyByteArray_AS_STRING(PyTuple_GET_ITEM(pair, 1)); /* the socket object keeps the bytearray */
+    entry->dirty = never_dirty;
     entry->note = note;
     entry->fd = fd;
     entry->connection = connection; /* last: a child forked in between sees nothing */
-    Py_DECREF(pair);
     return 1;
+}
+
+/* This process's socket object of a leased connection, borrowed; NULL with an exception. */
+static PyObject *entry_socket(PoolObject *self, uint32_t slot)
+{
+    struct entry *entry = &self->pool.entries[slot];
+    if (SHM_LIKELY(entry->socket != NULL))
+        return entry->socket;
+    unsigned bucket = kind_bucket(SHM_LOAD(row, self->pool.slab.slots[slot].kind));
+    PyObject *pair = PyObject_CallMethod((PyObject *)self, "_wrap", "iI", entry->fd, bucket);
+    if (!pair) { /* it has closed the descriptor; the next lease fetches another */
+        entry->fd = -1;
+        struct parts parts = entry_take(entry);
+        parts_drop_session(&parts);
+        parts_close(&parts);
+        return NULL;
+    }
+    PyObject *mark = PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2 ? PyTuple_GET_ITEM(pair, 1) : NULL;
+    if (mark && PyByteArray_Check(mark)) {
+        entry->socket = Py_NewRef(PyTuple_GET_ITEM(pair, 0));
+        entry->dirty = PyByteArray_AS_STRING(mark); /* the socket object keeps the bytearray */
+    } else
+        PyErr_SetString(PyExc_TypeError, "_wrap must return (socket, bytearray)");
+    Py_DECREF(pair);
+    return entry->socket;
 }
 
 /* ---- ends of connections ---- */
 
 static void finish(PoolObject *self);
 
-/* The claim is RETIRING by us: end it. Releases the GIL; keeps a pending exception. */
-static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reason)
+/* Did a fork happen since `generation` (in a signal handler, in dial)? Then nothing we held is ours. */
+static bool forked_since(PoolObject *self, uint32_t generation)
+{
+    return !pool_joined(&self->pool) || self->pool.generation != generation;
+}
+
+/* The claim is RETIRING by us: end it, waiting for the peer at most *linger_ns, from which the wait is taken off. Releases the
+ * GIL; keeps a pending exception. */
+static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reason, uint64_t *linger_ns)
 {
     struct pool *pool = &self->pool;
     PyObject *type, *value, *traceback;
@@ -204,10 +237,16 @@ static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigne
     bool current = entry->connection == SHM_LOAD(row, pool->slab.slots[claim->slot].connection);
     int fd = current && !*entry->dirty ? entry->fd : -1;
     struct parts parts = entry_take(entry);
+    uint32_t generation = pool->generation;
     parts_drop_session(&parts);
-    Py_BEGIN_ALLOW_THREADS
-    pool_retire(pool, claim, fd, reason);
-    Py_END_ALLOW_THREADS
+    if (!forked_since(self, generation)) { /* else the slot is the parent's, which goes on with it */
+        uint64_t begun = clock_now();
+        Py_BEGIN_ALLOW_THREADS
+        pool_retire(pool, claim, fd, reason, *linger_ns);
+        Py_END_ALLOW_THREADS
+        uint64_t waited = clock_now() - begun;
+        *linger_ns = waited < *linger_ns ? *linger_ns - waited : 0;
+    }
     parts_close(&parts);
     if (!pool_is_open(pool))
         finish(self);
@@ -218,9 +257,10 @@ static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigne
 /* LEASED by us -> ended. False: it was not ours any more. */
 static bool retire_leased(PoolObject *self, struct pool_claim *claim, unsigned reason)
 {
+    uint64_t linger_ns = CONNECTION_LINGER_NS;
     if (!pool_condemn(&self->pool, claim))
         return false;
-    retire_condemned(self, claim, reason);
+    retire_condemned(self, claim, reason, &linger_ns);
     return true;
 }
 
@@ -234,27 +274,39 @@ static void drop_entries(PoolObject *self)
     }
 }
 
-/* Sessions that a fork copied are the parent's: they are left alone for ever, because ending one here could end its
- * connection there. */
-static void forget_foreign_sessions(PoolObject *self)
+/* After a fork: what was copied but is not for us. Sessions are the parent's: they are left alone for ever, because ending one
+ * here could end its connection there. A socket object whose mode the parent's holder had changed would lie about the
+ * description's mode; it is dropped, the next lease fetches the connection anew. */
+static void forget_foreign(PoolObject *self)
 {
     struct pool *pool = &self->pool;
     if (pool_joined(pool) && self->generation == pool->generation)
         return;
     self->generation = pool->generation;
-    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++)
-        pool->entries[slot].session = NULL;
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        struct entry *entry = &pool->entries[slot];
+        entry->session = NULL;
+        if (!entry->connection || !*entry->dirty)
+            continue;
+        struct parts parts = entry_take(entry);
+        parts_close(&parts);
+    }
 }
 
-/* The pool is closed: once this process holds nothing, give everything back but the mapping. */
+/* The pool is closed: once this process holds nothing, give everything back but the mapping, after a last look for the dead, whose
+ * connections would else stay open for as long as somebody has their letters. */
 static void finish(PoolObject *self)
 {
     struct pool *pool = &self->pool;
     if (!self->made || self->finished || (pool_joined(pool) && pool_holds_any(pool)))
         return;
     self->finished = true;
-    forget_foreign_sessions(self);
+    forget_foreign(self);
+    Py_BEGIN_ALLOW_THREADS
+    if (pool_joined(pool))
+        recovery_run(pool, true);
     pool_leave(pool);
+    Py_END_ALLOW_THREADS
     drop_entries(self);
     pool_release_descriptors(pool);
 }
@@ -265,10 +317,10 @@ static LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, 
 {
     LeaseObject *lease;
 #ifndef Py_GIL_DISABLED
-    if (SHM_LIKELY(self->spares != NULL)) {
-        lease = self->spares;
-        self->spares = lease->next;
-        self->spare_count--;
+    if (SHM_LIKELY(spares != NULL)) {
+        lease = spares;
+        spares = lease->next;
+        spare_count--;
         PyObject_Init((PyObject *)lease, lease_type);
     } else
 #endif
@@ -283,7 +335,17 @@ static LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, 
     lease->generation = self->pool.generation;
     lease->id = lease->entry->connection;
     lease->active = true;
+    lease->returning = false;
     return lease;
+}
+
+/* The lease is over. This may end the pool object: nothing of it is touched afterwards. */
+static void lease_end(LeaseObject *lease)
+{
+    PoolObject *owner = lease->owner;
+    lease->active = false;
+    lease->owner = NULL;
+    Py_XDECREF((PyObject *)owner);
 }
 
 static struct slot_shm *lease_row(LeaseObject *lease) { return &lease->owner->pool.slab.slots[lease->claim.slot]; }
@@ -291,18 +353,18 @@ static struct slot_shm *lease_row(LeaseObject *lease) { return &lease->owner->po
 /* Is the lease of this process and not given back? */
 static inline bool lease_is_ours(LeaseObject *lease)
 {
+    if (SHM_UNLIKELY(!lease->active))
+        return false;
     struct pool *pool = &lease->owner->pool;
-    return SHM_LIKELY(lease->active && pool_joined(pool) && lease->generation == pool->generation);
+    return SHM_LIKELY(pool_joined(pool) && lease->generation == pool->generation);
 }
 
 static PyObject *lease_refuse(LeaseObject *lease)
 {
-    bool forked = lease->active && !(pool_joined(&lease->owner->pool) &&
-                                     lease->generation == lease->owner->pool.generation);
-    bool taken = lease->active && !forked;
-    return expired(lease->id, forked  ? "it belongs to another process (a fork, or the pool was closed)"
-                                                     : taken ? "it was taken away"
-                                                             : "it was already given back");
+    if (!lease->active)
+        return expired(lease->id, "it was already given back");
+    return expired(lease->id, lease_is_ours(lease) ? "it was taken away"
+                                                   : "it belongs to another process (a fork, or the pool was closed)");
 }
 
 /* May the lease be used? Also sees that it was taken away. */
@@ -328,7 +390,7 @@ static PyObject *lease_begin(PoolObject *self, LeaseObject *lease, uint64_t now)
     SHM_STORE(row, row->leased_ns, now);
     SHM_STORE(row, row->uses, SHM_LOAD(row, row->uses) + 1);
     if (SHM_UNLIKELY(self->on_borrow != NULL) && !run_hook(self->on_borrow, lease)) {
-        if (lease->active && lease_is_ours(lease)) {
+        if (lease_is_ours(lease)) {
             lease->active = false;
             retire_leased(self, &lease->claim, SHM_T_closed_refused);
         }
@@ -343,7 +405,9 @@ static bool lease_discard_as(LeaseObject *lease, unsigned reason)
 {
     lease->active = false;
     pool_count(&lease->owner->pool, SHM_W_errors, 1);
-    return retire_leased(lease->owner, &lease->claim, reason);
+    bool ours = retire_leased(lease->owner, &lease->claim, reason);
+    lease_end(lease);
+    return ours;
 }
 
 /* Put the socket's mode back; false when it is not fit for the next holder (or an exception is set). */
@@ -361,25 +425,34 @@ static void lease_time_use(LeaseObject *lease)
         hist_add(&lease->owner->pool.row->use, clock_now() - lease->begun_ns, lease->weight);
 }
 
-/* The slow part of a release: something was changed, or somebody wants to know. False: done, perhaps with an exception. */
+/* The slow part of a release: something was changed, or somebody wants to know. False: it is over, perhaps with an exception.
+ * Both calls run Python, in which the lease may be given back, or the process fork: each is followed by a look. */
 static bool lease_prepare_return(LeaseObject *lease)
 {
     if (!lease_usable(lease))
         return false;
-    if (lease->owner->on_return && !run_hook(lease->owner->on_return, lease)) {
-        if (lease_is_ours(lease))
+    if (lease->owner->on_return && !lease->returning) {
+        lease->returning = true;
+        bool content = run_hook(lease->owner->on_return, lease);
+        if (!content && lease_is_ours(lease))
             lease_discard_as(lease, SHM_T_closed_error);
-        return false;
+        if (!content || !lease->active) /* refused, or given back by the hook */
+            return false;
     }
-    if (!lease_is_ours(lease)) /* the hook gave it back */
-        return false;
-    if (*lease->entry->dirty && !lease_restore(lease)) {
-        bool stale = !lease_discard_as(lease, SHM_T_closed_dirty);
-        if (stale && !PyErr_Occurred())
-            lease_refuse(lease);
-        return false;
+    if (*lease->entry->dirty) {
+        bool good = lease_restore(lease);
+        if (!lease_is_ours(lease)) {
+            if (!PyErr_Occurred())
+                lease_refuse(lease);
+            return false;
+        }
+        if (!good) {
+            if (!lease_discard_as(lease, SHM_T_closed_dirty) && !PyErr_Occurred())
+                lease_refuse(lease);
+            return false;
+        }
     }
-    return true;
+    return lease_usable(lease);
 }
 
 static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
@@ -395,16 +468,13 @@ static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
     }
     lease_time_use(lease);
     lease->active = false;
-    switch (pool_release(&self->pool, &lease->claim, clock_coarse())) {
-    case RELEASED:
-        Py_RETURN_NONE;
-    case RELEASE_RETIRE:
+    enum pool_released released = pool_release(&self->pool, &lease->claim, clock_coarse());
+    if (SHM_UNLIKELY(released == RELEASE_RETIRE))
         retire_leased(self, &lease->claim, pool_is_open(&self->pool) ? SHM_T_closed_letter : SHM_T_closed_shutdown);
-        Py_RETURN_NONE;
-    case RELEASE_STALE:
-        break;
-    }
-    return expired(lease->id, "it was taken away");
+    lease_end(lease);
+    if (SHM_UNLIKELY(released == RELEASE_STALE))
+        return expired(lease->id, "it was taken away");
+    Py_RETURN_NONE;
 }
 
 static PyObject *lease_discard(LeaseObject *lease, PyObject *const *args, Py_ssize_t count, PyObject *names)
@@ -449,8 +519,8 @@ static void lease_finalize(LeaseObject *lease)
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
     lease->active = false;
+    pool_count_total(&lease->owner->pool, SHM_T_leaks, 1);
     if (retire_leased(lease->owner, &lease->claim, SHM_T_closed_leaked)) {
-        pool_count_total(&lease->owner->pool, SHM_T_leaks, 1);
         if (PyErr_WarnFormat(PyExc_ResourceWarning, 1,
                              "shmpool: the lease of connection %llu was dropped without release; the connection was "
                              "retired. Use `with pool.get() as conn:` or call conn.release()", (unsigned long long)lease->id))
@@ -462,19 +532,19 @@ static void lease_finalize(LeaseObject *lease)
 static void lease_dealloc(LeaseObject *lease)
 {
     PyTypeObject *type = Py_TYPE(lease);
-    PoolObject *owner = lease->owner;
     if (SHM_UNLIKELY(lease->active) && PyObject_CallFinalizerFromDealloc((PyObject *)lease) < 0)
         return; /* the code that the warning ran kept it */
+    if (SHM_UNLIKELY(lease->owner != NULL))
+        lease_end(lease);
 #ifndef Py_GIL_DISABLED
-    if (SHM_LIKELY(owner->spare_count < SPARE_LEASES)) {
-        lease->next = owner->spares;
-        owner->spares = lease;
-        owner->spare_count++;
+    if (SHM_LIKELY(spare_count < SPARE_LEASES)) {
+        lease->next = spares;
+        spares = lease;
+        spare_count++;
     } else
 #endif
         PyObject_Free(lease);
     Py_DECREF(type);
-    Py_DECREF((PyObject *)owner);
 }
 
 static PyObject *lease_get_socket(LeaseObject *lease, void *unused)
@@ -482,7 +552,8 @@ static PyObject *lease_get_socket(LeaseObject *lease, void *unused)
     (void)unused;
     if (SHM_UNLIKELY(!lease_usable(lease)))
         return NULL;
-    return Py_NewRef((PyObject *)lease->entry->socket);
+    PyObject *socket = entry_socket(lease->owner, lease->claim.slot);
+    return socket ? Py_NewRef(socket) : NULL;
 }
 
 static PyObject *lease_get_session(LeaseObject *lease, void *unused)
@@ -511,10 +582,13 @@ static PyObject *lease_peer(LeaseObject *lease, unsigned bucket)
 {
     struct slot_shm *row = lease_row(lease);
     uint64_t address[3];
+    PyObject *socket = entry_socket(lease->owner, lease->claim.slot);
+    if (!socket)
+        return NULL;
     for (int i = 0; i < 3; i++)
         address[i] = SHM_LOAD(row, row->peer[i]);
     return PyObject_CallMethod((PyObject *)lease->owner, "_peer", "Iy#O", bucket, (const char *)address,
-                               (Py_ssize_t)sizeof address, lease->entry->socket);
+                               (Py_ssize_t)sizeof address, socket);
 }
 
 static PyObject *lease_get_field(LeaseObject *lease, void *which)
@@ -604,10 +678,12 @@ static bool ensure_joined(PoolObject *self)
         Py_END_ALLOW_THREADS
         if (verdict == POOL_NO_WORKER)
             return raise_error(self, "workers", 0, 0, 0) != NULL;
+        if (verdict == POOL_LOST_DESCRIPTORS)
+            return raise_error(self, "descriptors", 0, 0, 0) != NULL;
         if (verdict != POOL_OK)
             return PyErr_SetFromErrno(PyExc_OSError) != NULL;
     }
-    forget_foreign_sessions(self);
+    forget_foreign(self);
     return true;
 }
 
@@ -644,28 +720,62 @@ static unsigned condition_reason(enum pool_condition condition)
 struct request {
     uint32_t mask;
     bool may_wait;
-    uint64_t timeout_ns, begun_ns, deadline_ns;
-    uint32_t attempt;
+    uint64_t timeout_ns, begun_ns, deadline_ns; /* without may_wait the deadline is NEVER: only a dial takes time */
+    uint64_t linger_ns;   /* what is left of the time for peers to close, over all connections that this call ends */
+    uint32_t generation;  /* of the handle when it began, or began anew after a fork */
     struct waiter_place place;
 };
 
-/* A lease on an existing connection, LEASED by the claim. NULL without exception: it was unfit and is retired; search on. */
-static PyObject *lease_existing(PoolObject *self, struct pool_claim *claim, struct request *request)
+static struct request request_new(uint32_t mask, uint64_t timeout_ns, bool may_wait)
+{
+    uint64_t now = clock_now();
+    return (struct request){.mask = mask, .may_wait = may_wait, .timeout_ns = timeout_ns, .begun_ns = now,
+                            .deadline_ns = !may_wait || timeout_ns >= NEVER - now ? NEVER : now + timeout_ns,
+                            .linger_ns = CONNECTION_LINGER_NS};
+}
+
+/* An existing connection turned out unfit: end it. Peers that do not answer cost one call CONNECTION_LINGER_NS in all, and
+ * nothing past its deadline. */
+static void retire_unfit(PoolObject *self, struct pool_claim *claim, unsigned reason, struct request *request)
+{
+    uint64_t now = clock_now(), left = request->deadline_ns > now ? request->deadline_ns - now : 0;
+    if (request->linger_ns > left)
+        request->linger_ns = left;
+    if (pool_condemn(&self->pool, claim))
+        retire_condemned(self, claim, reason, &request->linger_ns);
+}
+
+/* This process could not take the connection's descriptor (exception set): it goes back untouched. */
+static void give_back(PoolObject *self, struct pool_claim *claim)
+{
+    if (pool_release(&self->pool, claim, SHM_LOAD(row, self->pool.slab.slots[claim->slot].last_used_ns)) == RELEASE_RETIRE)
+        retire_leased(self, claim, SHM_T_closed_shutdown);
+}
+
+/* A lease on an existing connection, LEASED by the claim. NULL without exception: it was unfit and is retired; search on.
+ * `known`: its condition, when it was looked at already. */
+static PyObject *lease_existing(PoolObject *self, struct pool_claim *claim, struct request *request,
+                                const enum pool_condition *known)
 {
     struct pool *pool = &self->pool;
     struct entry *entry = &pool->entries[claim->slot];
     struct slot_shm *row = &pool->slab.slots[claim->slot];
     if (entry->connection != SHM_LOAD(row, row->connection)) {
+        uint32_t generation = pool->generation;
         int fetched = entry_fetch(self, claim->slot);
-        if (fetched <= 0) {
-            retire_leased(self, claim, SHM_T_closed_letter);
+        if (forked_since(self, generation))
             return NULL;
-        }
+        if (fetched < 0)
+            give_back(self, claim);
+        else if (!fetched)
+            retire_unfit(self, claim, SHM_T_closed_letter, request);
+        if (fetched <= 0)
+            return NULL;
     }
     uint64_t now = clock_coarse();
-    enum pool_condition condition = pool_validate(pool, claim->slot, entry->fd, now);
+    enum pool_condition condition = known ? *known : pool_validate(pool, claim->slot, entry->fd, now);
     if (condition != CONDITION_GOOD) {
-        retire_leased(self, claim, condition_reason(condition));
+        retire_unfit(self, claim, condition_reason(condition), request);
         return NULL;
     }
     uint64_t got = clock_now();
@@ -716,14 +826,8 @@ static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyO
     return installed;
 }
 
-/* Did a fork happen since `generation` (in a signal handler, in dial)? Then nothing we held is ours. */
-static bool forked_since(PoolObject *self, uint32_t generation)
-{
-    return !pool_joined(&self->pool) || self->pool.generation != generation;
-}
-
-/* Open a connection on the DIALING claim. NULL with an exception, or without one: search on. */
-static PyObject *lease_dialled(PoolObject *self, struct pool_claim *claim, struct request *request)
+/* Open a connection on the DIALING claim; then it is LEASED. False with an exception, or without one (a fork): search on. */
+static bool dial(PoolObject *self, struct pool_claim *claim, struct request *request)
 {
     struct pool *pool = &self->pool;
     uint32_t generation = pool->generation;
@@ -731,27 +835,42 @@ static PyObject *lease_dialled(PoolObject *self, struct pool_claim *claim, struc
     double left = request->deadline_ns == NEVER ? Py_HUGE_VAL
                   : request->deadline_ns > begun ? (double)(request->deadline_ns - begun) / 1e9
                                                  : 0.0;
+    double timeout = request->timeout_ns == NEVER ? Py_HUGE_VAL : (double)request->timeout_ns / 1e9;
     PyObject *dialled = PyObject_CallMethod((PyObject *)self, "_dial", "IdIKd", (unsigned)request->mask, left,
-                                            (unsigned)claim->slot, (unsigned long long)id,
-                                            (double)(begun - request->begun_ns) / 1e9);
+                                            (unsigned)claim->slot, (unsigned long long)id, timeout);
     if (SHM_UNLIKELY(forked_since(self, generation))) {
         Py_XDECREF(dialled); /* our copy goes; the parent goes on with its own */
-        return NULL;
+        return false;
     }
+    hist_add(&pool->slab.totals->dial, clock_now() - begun, 1);
+    bool installed = dialled && install(self, claim, id, dialled);
+    Py_XDECREF(dialled);
+    if (installed && pool_is_open(pool))
+        return true;
+    if (installed) {
+        retire_leased(self, claim, SHM_T_closed_shutdown);
+        pool_count(pool, SHM_W_refused, 1);
+        raise_error(self, "closed", request->mask, 0, 0);
+        return false;
+    }
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    Py_BEGIN_ALLOW_THREADS
+    pool_abandon(pool, claim);
+    Py_END_ALLOW_THREADS
+    pool_count(pool, PyErr_GivenExceptionMatches(type, PyExc_ConnectionError) ? SHM_W_dial_errors
+                     : PyErr_GivenExceptionMatches(type, PyExc_TimeoutError) ? SHM_W_timeouts
+                                                                             : SHM_W_interrupted, 1);
+    PyErr_Restore(type, value, traceback);
+    return false;
+}
+
+static PyObject *lease_dialled(PoolObject *self, struct pool_claim *claim, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    if (!dial(self, claim, request))
+        return NULL;
     uint64_t done = clock_now();
-    hist_add(&pool->slab.totals->dial, done - begun, 1);
-    if (!dialled || !install(self, claim, id, dialled)) {
-        Py_XDECREF(dialled);
-        PyObject *type, *value, *traceback;
-        PyErr_Fetch(&type, &value, &traceback);
-        pool_abandon(pool, claim);
-        pool_count(pool, PyErr_GivenExceptionMatches(type, PyExc_ConnectionError) ? SHM_W_dial_errors
-                         : PyErr_GivenExceptionMatches(type, PyExc_TimeoutError) ? SHM_W_timeouts
-                                                                                 : SHM_W_interrupted, 1);
-        PyErr_Restore(type, value, traceback);
-        return NULL;
-    }
-    Py_DECREF(dialled);
     LeaseObject *lease = lease_new(self, claim, 1, done);
     if (!lease) {
         retire_leased(self, claim, SHM_T_closed_error);
@@ -796,11 +915,11 @@ static bool wait_turn(PoolObject *self, struct request *request)
     waiter_sleep(&pool->slab, &request->place, slice);
     Py_END_ALLOW_THREADS
     if (PyErr_CheckSignals()) {
-        if (pool_joined(pool))
+        if (!forked_since(self, request->generation))
             pool_count(pool, SHM_W_interrupted, 1);
         return false;
     }
-    if (pool_joined(pool)) {
+    if (!forked_since(self, request->generation)) {
         if (clock_now() - now >= WAITER_SLICE_NS)
             pool_return_promise(pool, waiter_rematch(&pool->slab, &request->place));
         waiter_prepare(&pool->slab, &request->place);
@@ -815,11 +934,11 @@ static PyObject *look(PoolObject *self, struct request *request)
     struct pool_claim claim;
     switch (pool_take(pool, request->mask, &request->place, &claim)) {
     case TAKEN_LEASED:
-        return lease_existing(self, &claim, request);
+        return lease_existing(self, &claim, request, NULL);
     case TAKEN_DIAL:
         return lease_dialled(self, &claim, request);
     case TAKEN_EVICTED:
-        retire_condemned(self, &claim, SHM_T_closed_evicted);
+        retire_condemned(self, &claim, SHM_T_closed_evicted, &request->linger_ns);
         return NULL;
     case TAKEN_RECOVER:
         Py_BEGIN_ALLOW_THREADS
@@ -841,11 +960,11 @@ static PyObject *look(PoolObject *self, struct request *request)
 static PyObject *search_and_wait(PoolObject *self, uint32_t mask, uint64_t timeout_ns, bool may_wait)
 {
     struct pool *pool = &self->pool;
-    struct request request = {.mask = mask, .may_wait = may_wait, .timeout_ns = timeout_ns, .begun_ns = clock_now()};
-    request.deadline_ns = timeout_ns >= NEVER - request.begun_ns ? NEVER : request.begun_ns + timeout_ns;
+    struct request request = request_new(mask, timeout_ns, may_wait);
     PyObject *lease = NULL;
     while (!lease && !PyErr_Occurred()) {
-        if (!self->made || self->finished || !pool_joined(pool) || self->generation != pool->generation) {
+        if (!self->made || self->finished || forked_since(self, request.generation) ||
+            self->generation != pool->generation) {
             request.place.queued = false; /* after a fork the place is the parent's; after finish() it is gone */
             if (!self->made || self->finished || !pool_is_open(pool)) {
                 finish(self);
@@ -853,10 +972,11 @@ static PyObject *search_and_wait(PoolObject *self, uint32_t mask, uint64_t timeo
             }
             if (!ensure_joined(self))
                 return NULL;
+            request.generation = pool->generation;
         }
         lease = look(self, &request);
     }
-    if (request.place.queued && !forked_since(self, self->generation))
+    if (request.place.queued && !forked_since(self, request.generation))
         leave_queue(self, &request);
     if (!pool_is_open(pool))
         finish(self);
@@ -888,10 +1008,11 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
     }
     struct entry *entry = &pool->entries[claim.slot];
     struct slot_shm *row = &pool->slab.slots[claim.slot];
+    enum pool_condition condition = CONDITION_GOOD;
     if (SHM_UNLIKELY(entry->connection != SHM_LOAD(row, row->connection) ||
-                     pool_validate(pool, claim.slot, entry->fd, now) != CONDITION_GOOD)) {
-        struct request request = {.mask = mask, .begun_ns = clock_now()};
-        PyObject *lease = lease_existing(self, &claim, &request); /* says once more what is wrong with it */
+                     (condition = pool_validate(pool, claim.slot, entry->fd, now)) != CONDITION_GOOD)) {
+        struct request request = request_new(mask, timeout_ns, may_wait);
+        PyObject *lease = lease_existing(self, &claim, &request, condition == CONDITION_GOOD ? NULL : &condition);
         return lease || PyErr_Occurred() ? lease : get_slow(self, mask, timeout_ns, may_wait);
     }
     uint64_t got = 0;
@@ -1329,7 +1450,7 @@ static PyObject *pool_recover(PoolObject *self, PyObject *unused)
 {
     (void)unused;
     uint32_t freed;
-    if (!check_made(self) || !pool_is_open(&self->pool))
+    if (!check_made(self) || self->finished)
         return check_made(self) ? PyLong_FromLong(0) : NULL;
     if (!ensure_joined(self))
         return NULL;
@@ -1363,7 +1484,7 @@ static int64_t retire_idle(PoolObject *self, unsigned reason, bool (*fits)(struc
             parts_drop_session(&parts[found++]);
         }
         Py_BEGIN_ALLOW_THREADS
-        pool_retire_many(pool, claims, fds, found, reason);
+        pool_retire_many(pool, claims, fds, found, reason, CONNECTION_LINGER_NS);
         Py_END_ALLOW_THREADS
         for (uint32_t i = 0; i < found; i++)
             parts_close(&parts[i]);
@@ -1459,7 +1580,7 @@ static PyObject *pool_leave__alone(PoolObject *self)
 {
     if (self->made && !self->finished) {
         self->finished = true;
-        forget_foreign_sessions(self);
+        forget_foreign(self);
         Py_BEGIN_ALLOW_THREADS
         pool_leave(&self->pool);
         Py_END_ALLOW_THREADS
@@ -1512,21 +1633,31 @@ static PyObject *pool_counts(PoolObject *self, PyObject *unused)
     return dict;
 }
 
-/* _open(mask) -> PooledConnection or None: a new connection, if a slot is empty. */
+/* _open(mask) -> bool: open a connection and leave it idle; False when no slot is empty. Hooks do not run. */
 static PyObject *pool_open_(PoolObject *self, PyObject *args)
 {
-    struct request request = {.begun_ns = clock_now(), .deadline_ns = NEVER};
     struct pool_claim claim;
-    if (!check_made(self) || !PyArg_ParseTuple(args, "I", &request.mask))
+    unsigned mask;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "I", &mask))
         return NULL;
     if (self->finished || !pool_is_open(&self->pool))
-        return raise_error(self, "closed", request.mask, 0, 0);
+        return raise_error(self, "closed", mask, 0, 0);
     if (!ensure_joined(self))
         return NULL;
     if (!pool_take_empty(&self->pool, &claim))
-        Py_RETURN_NONE;
-    PyObject *lease = lease_dialled(self, &claim, &request);
-    return lease || PyErr_Occurred() ? lease : Py_NewRef(Py_None);
+        Py_RETURN_FALSE;
+    struct request request = request_new(mask, NEVER, false);
+    if (dial(self, &claim, &request) && pool_release(&self->pool, &claim, clock_coarse()) == RELEASE_RETIRE)
+        retire_leased(self, &claim, SHM_T_closed_letter);
+    if (PyErr_Occurred()) {
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        if (!pool_is_open(&self->pool))
+            finish(self);
+        PyErr_Restore(type, value, traceback);
+        return NULL;
+    }
+    Py_RETURN_TRUE;
 }
 
 static PyObject *pool_snapshot(PoolObject *self, PyObject *unused)
@@ -1563,13 +1694,6 @@ static void pool_dealloc(PoolObject *self)
         pool_free(&self->pool);
     }
     pool_clear(self);
-#ifndef Py_GIL_DISABLED
-    while (self->spares) {
-        LeaseObject *lease = self->spares;
-        self->spares = lease->next;
-        PyObject_Free(lease);
-    }
-#endif
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
@@ -1656,6 +1780,16 @@ static bool add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type, c
     return *type && PyModule_AddObjectRef(module, name, (PyObject *)*type) == 0;
 }
 
+/* SLAB_MAGIC: the bytes that a slab begins with */
+static int add_magic(PyObject *module)
+{
+    uint64_t magic = SHM_MAGIC;
+    PyObject *bytes = PyBytes_FromStringAndSize((const char *)&magic, sizeof magic);
+    int result = bytes ? PyModule_AddObjectRef(module, "SLAB_MAGIC", bytes) : -1;
+    Py_XDECREF(bytes);
+    return result;
+}
+
 static int core_exec(PyObject *module)
 {
     PyObject *errors = PyImport_ImportModule("shmpool.errors");
@@ -1669,7 +1803,7 @@ static int core_exec(PyObject *module)
            PyModule_AddIntConstant(module, "MAX_WAITERS", SHM_MAX_WAITERS) ||
            PyModule_AddIntConstant(module, "MAX_METADATA", MAILBOX_NOTE_MAX) ||
            PyModule_AddIntConstant(module, "FAMILY_BYTE", (long)SHM_FAMILY_BYTE) ||
-           PyModule_AddIntConstant(module, "SLAB_VERSION", SHM_VERSION)
+           PyModule_AddIntConstant(module, "SLAB_VERSION", SHM_VERSION) || add_magic(module)
                ? -1
                : 0;
 }

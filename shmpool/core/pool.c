@@ -3,10 +3,12 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "connection.h"
@@ -28,6 +30,35 @@ static bool make_mailboxes(struct pool *pool, uint32_t count)
     return true;
 }
 
+static uint64_t inode_of(int fd)
+{
+    struct stat status;
+    return fd >= 0 && fstat(fd, &status) == 0 ? (uint64_t)status.st_ino : 0;
+}
+
+static bool note_inodes(struct pool *pool)
+{
+    uint32_t count = pool->slab.layout.max_slots;
+    pool->inodes = malloc((count + 1) * sizeof *pool->inodes);
+    for (uint32_t i = 0; pool->inodes && i < count; i++)
+        pool->inodes[i] = inode_of(pool->mailboxes[i]);
+    if (pool->inodes)
+        pool->inodes[count] = inode_of(pool->slab_fd);
+    return pool->inodes != NULL;
+}
+
+/* Are the slab's descriptor and the mailboxes still what they were? */
+static bool descriptors_intact(struct pool *pool)
+{
+    uint32_t count = pool->slab.layout.max_slots;
+    if (!pool->inodes)
+        return true;
+    for (uint32_t i = 0; i < count; i++)
+        if (inode_of(pool->mailboxes[i]) != pool->inodes[i])
+            return false;
+    return inode_of(pool->slab_fd) == pool->inodes[count];
+}
+
 /* What every handle needs beside the slab; false: errno. */
 static bool make_private(struct pool *pool)
 {
@@ -37,6 +68,7 @@ static bool make_private(struct pool *pool)
         return false;
     for (uint32_t i = 0; i < count; i++)
         pool->entries[i].fd = -1;
+    atomic_store(&pool->spare_fd, open("/dev/null", O_RDONLY | O_CLOEXEC));
     return true;
 }
 
@@ -45,6 +77,7 @@ enum pool_verdict pool_create(struct pool *pool, int slab_fd, const struct slab_
 {
     memset(pool, 0, sizeof *pool);
     pool->slab_fd = slab_fd;
+    atomic_store(&pool->spare_fd, -1);
     pool->options = *options;
     pool->cache.size = options->local_cache_size;
     assert(pool->cache.size <= LOCAL_CACHE_MAX);
@@ -52,7 +85,8 @@ enum pool_verdict pool_create(struct pool *pool, int slab_fd, const struct slab_
     if (base == MAP_FAILED)
         return POOL_ERRNO;
     slab_format_new(&pool->slab, base, layout, who);
-    if (!make_private(pool) || !make_mailboxes(pool, layout->max_slots) || !family_join(slab_fd))
+    if (!make_private(pool) || !make_mailboxes(pool, layout->max_slots) || !note_inodes(pool) ||
+        !family_join(slab_fd))
         return POOL_ERRNO;
     return pool_join(pool);
 }
@@ -67,6 +101,9 @@ void pool_release_descriptors(struct pool *pool)
     if (pool->slab_fd >= 0)
         close(pool->slab_fd);
     pool->slab_fd = -1;
+    int spare = atomic_exchange(&pool->spare_fd, -1);
+    if (spare > 0)
+        close(spare);
 }
 
 void pool_free(struct pool *pool)
@@ -74,6 +111,7 @@ void pool_free(struct pool *pool)
     int error = errno;
     pool_release_descriptors(pool);
     free(pool->mailboxes);
+    free(pool->inodes);
     free(pool->entries);
     if (pool->seat)
         seat_give_back(pool->seat);
@@ -122,6 +160,8 @@ static enum pool_verdict register_anew(struct pool *pool)
     pool->pid = (uint32_t)getpid();
     local_cache_clear(&pool->cache);
     atomic_store_explicit(&pool->recovering, false, memory_order_relaxed);
+    if (!descriptors_intact(pool))
+        return POOL_LOST_DESCRIPTORS;
     seat_close(pool->seat); /* a child made without libc's fork() still has its parent's */
     int error = seat_open(pool->seat, pool->slab_fd);
     if (error) {
@@ -406,8 +446,33 @@ static void make_empty(struct pool *pool, struct pool_claim *claim)
         waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);
 }
 
+/* The letter's descriptor, as mailbox_peek. When this process has none left to receive it with, it gives its spare one up for the
+ * moment, ends the connection at once and takes the spare again. */
+static int peek_for_end(struct pool *pool, uint32_t slot, uint64_t linger_ns)
+{
+    struct letter letter;
+    uint64_t connection = SHM_LOAD(row, pool->slab.slots[slot].connection);
+    int fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
+    int spare = fd == MAILBOX_NO_ROOM ? atomic_exchange(&pool->spare_fd, -1) : -1;
+    if (spare <= 0)
+        return fd;
+    close(spare);
+    fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
+    if (fd >= 0) {
+        connection_end(&fd, 1, linger_ns);
+        close(fd);
+    }
+    atomic_store(&pool->spare_fd, open("/dev/null", O_RDONLY | O_CLOEXEC));
+    return MAILBOX_NONE;
+}
+
 void pool_abandon(struct pool *pool, struct pool_claim *claim)
 {
+    int fd = peek_for_end(pool, claim->slot, CONNECTION_LINGER_NS);
+    if (fd >= 0) { /* a forked copy of the socket may live, and may even be connecting still */
+        connection_end(&fd, 1, CONNECTION_LINGER_NS);
+        close(fd);
+    }
     mailbox_drain(pool->mailboxes[claim->slot]);
     make_empty(pool, claim);
     pool_count_total(pool, SHM_T_dial_failures, 1);
@@ -419,14 +484,12 @@ bool pool_condemn(struct pool *pool, struct pool_claim *claim)
 }
 
 /* Fetch the letters' descriptors of claims[0..count) into `ends`; where there is none, the caller's. Returns how many. */
-static size_t gather_ends(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, int *ends, int *ours)
+static size_t gather_ends(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, int *ends, int *ours,
+                          uint64_t linger_ns)
 {
     size_t found = 0;
-    struct letter letter;
     for (size_t i = 0; i < count; i++) {
-        uint32_t slot = claims[i].slot;
-        uint64_t connection = SHM_LOAD(row, pool->slab.slots[slot].connection);
-        ours[i] = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
+        ours[i] = peek_for_end(pool, claims[i].slot, linger_ns);
         int fd = ours[i] >= 0 || !fds ? ours[i] : fds[i];
         if (fd >= 0)
             ends[found++] = fd;
@@ -434,17 +497,18 @@ static size_t gather_ends(struct pool *pool, struct pool_claim *claims, const in
     return found;
 }
 
-void pool_retire_many(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, unsigned reason)
+void pool_retire_many(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, unsigned reason,
+                      uint64_t linger_ns)
 {
     enum { FEW = 64 };
     int few[2 * FEW] = {0}, *space = count <= FEW ? few : malloc(2 * count * sizeof *space);
     if (!space) { /* no memory: in pieces that fit on the stack */
         for (size_t i = 0; i < count; i += FEW)
-            pool_retire_many(pool, claims + i, fds ? fds + i : NULL, count - i < FEW ? count - i : FEW, reason);
+            pool_retire_many(pool, claims + i, fds ? fds + i : NULL, count - i < FEW ? count - i : FEW, reason, linger_ns);
         return;
     }
-    size_t ends = gather_ends(pool, claims, fds, count, space, space + count);
-    connection_end(space, ends);
+    size_t ends = gather_ends(pool, claims, fds, count, space, space + count, linger_ns);
+    connection_end(space, ends, linger_ns);
     for (size_t i = 0; i < count; i++) {
         mailbox_drain(pool->mailboxes[claims[i].slot]);
         if (space[count + i] >= 0)
@@ -457,10 +521,10 @@ void pool_retire_many(struct pool *pool, struct pool_claim *claims, const int *f
         free(space);
 }
 
-void pool_retire(struct pool *pool, struct pool_claim *claim, int fd, unsigned reason)
+void pool_retire(struct pool *pool, struct pool_claim *claim, int fd, unsigned reason, uint64_t linger_ns)
 {
     assert(slot_state(claim->word) == SLOT_RETIRING);
-    pool_retire_many(pool, claim, &fd, 1, reason);
+    pool_retire_many(pool, claim, &fd, 1, reason, linger_ns);
 }
 
 /* ---- release ---- */
@@ -518,7 +582,7 @@ void pool_release_late(struct pool *pool, uint32_t slot)
         bool fits = waiter_first(&pool->slab, mask, &seen);
         waiter_wake_first(&pool->slab, fits ? mask : WAITER_ANY_BUCKET);
     } else if (slot_state(claim.word) == SLOT_IDLE && pool_condemn(pool, &claim))
-        pool_retire(pool, &claim, -1, SHM_T_closed_shutdown);
+        pool_retire(pool, &claim, -1, SHM_T_closed_shutdown, CONNECTION_LINGER_NS);
 }
 
 void pool_return_promise(struct pool *pool, int64_t slot)
@@ -541,18 +605,4 @@ void pool_shut(struct pool *pool)
     SHM_STORE(hint, pool->slab.header->state, SHM_POOL_CLOSED);
     SHM_OR_SEQ(queue, pool->slab.header->summary, SHM_ATTENTION);
     waiter_wake_all(&pool->slab);
-}
-
-bool pool_take_idle(struct pool *pool, uint32_t from, struct pool_claim *claim)
-{
-    for (uint32_t slot = from; slot < pool->slab.layout.max_slots; slot++) {
-        struct slot_shm *row = &pool->slab.slots[slot];
-        uint64_t word = slot_load(row);
-        if ((slot_state(word) != SLOT_IDLE && slot_state(word) != SLOT_OFFERED) ||
-            !slot_move(row, &word, pool->worker, SLOT_RETIRING))
-            continue;
-        *claim = (struct pool_claim){.slot = slot, .word = word};
-        return true;
-    }
-    return false;
 }

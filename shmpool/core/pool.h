@@ -47,7 +47,9 @@ struct pool {
     struct pool_options options;
     struct entry *entries;
     int *mailboxes;
+    uint64_t *inodes; /* of the slab's descriptor and of each mailbox: they may be closed and reused behind our back */
     int slab_fd;
+    _Atomic(int) spare_fd; /* given up for a moment when a letter must be read and no descriptor is left */
     uint32_t pid;
     struct seat *seat;
     atomic_bool recovering; /* a thread of ours sweeps; OFD locks do not exclude threads of one process */
@@ -56,12 +58,13 @@ struct pool {
     struct local_cache cache;
 };
 
-enum pool_verdict { POOL_OK, POOL_ERRNO, POOL_NO_WORKER, POOL_DAMAGED };
+enum pool_verdict { POOL_OK, POOL_ERRNO, POOL_NO_WORKER, POOL_LOST_DESCRIPTORS };
 
 /* Map `size` bytes of `slab_fd` (the handle takes the descriptor over) and format a new slab there. errno on POOL_ERRNO. */
 enum pool_verdict pool_create(struct pool *pool, int slab_fd, const struct slab_layout *layout,
                               const struct slab_identity *who, const struct pool_options *options);
-/* Register this process (also the first time in a forked child). Cheap when done already. */
+/* Register this process (also the first time in a forked child). Cheap when done already. POOL_LOST_DESCRIPTORS: this process has
+ * closed the pool's descriptors (a daemon that closes all), so it cannot take part. */
 enum pool_verdict pool_join(struct pool *pool);
 /* Does this process lease, open or end a connection this moment? */
 bool pool_holds_any(struct pool *pool);
@@ -130,15 +133,16 @@ struct pool_birth {
 uint64_t pool_name_connection(struct pool *pool, struct pool_claim *claim);
 /* DIALING -> LEASED: fill the row. The letter has been deposited, or flags say that it was not. */
 bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool_birth *birth);
-/* DIALING -> EMPTY: nothing was opened. */
+/* DIALING -> EMPTY: the dial failed; what it left in the mailbox is ended. Blocks up to CONNECTION_LINGER_NS. */
 void pool_abandon(struct pool *pool, struct pool_claim *claim);
 /* LEASED, IDLE or CHECKING -> RETIRING: from now on nobody else may have it. False: it was not ours any more. */
 bool pool_condemn(struct pool *pool, struct pool_claim *claim);
 /* RETIRING -> EMPTY: end the connection for all processes, by its letter, else by `fd` (-1: none). Blocks up to
- * CONNECTION_LINGER_NS. `reason` is a counter SHM_T_closed_*. */
-void pool_retire(struct pool *pool, struct pool_claim *claim, int fd, unsigned reason);
+ * `linger_ns`. `reason` is a counter SHM_T_closed_*. */
+void pool_retire(struct pool *pool, struct pool_claim *claim, int fd, unsigned reason, uint64_t linger_ns);
 /* The same for many at once, with one linger for all. */
-void pool_retire_many(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, unsigned reason);
+void pool_retire_many(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, unsigned reason,
+                      uint64_t linger_ns);
 
 /* ---- release ---- */
 
@@ -156,8 +160,6 @@ void pool_forget_cached(struct pool *pool, uint32_t slot);
 
 /* Nobody gets anything any more; every waiter is woken. */
 void pool_shut(struct pool *pool);
-/* Take an idle slot at or above `from` for retiring; false when there is none. */
-bool pool_take_idle(struct pool *pool, uint32_t from, struct pool_claim *claim);
 
 /* ---- inline parts ---- */
 

@@ -3,6 +3,7 @@
 
 #include <assert.h>
 
+#include "connection.h"
 #include "freelist.h"
 
 enum { BATCH = 64 };
@@ -40,7 +41,7 @@ static uint32_t sweep_slots(struct pool *pool, uint32_t dead, unsigned states)
         if (states >> slot_state(slot_load(&pool->slab.slots[slot])) & 1)
             count += take_over(pool, slot, dead, &claims[count]);
         if (count == BATCH || (count && slot + 1 == pool->slab.layout.max_slots)) {
-            pool_retire_many(pool, claims, NULL, count, SHM_T_closed_owner_died);
+            pool_retire_many(pool, claims, NULL, count, SHM_T_closed_owner_died, CONNECTION_LINGER_NS);
             freed += count;
             count = 0;
         }
@@ -87,8 +88,13 @@ uint32_t recovery_run(struct pool *pool, bool now_please)
         return 0; /* a thread of ours is at it */
     uint32_t freed = 0;
     int fd = atomic_load_explicit(&pool->seat->fd, memory_order_acquire);
-    for (uint32_t index = 0; fd >= 0 && index < pool->slab.layout.max_workers; index++)
+    for (uint32_t index = 0; fd >= 0 && index < pool->slab.layout.max_workers; index++) {
         freed += recover_one(pool, fd, index);
+        if (freed && !now_please) { /* somebody waits for a slot, and each of the dead may cost a linger: use what there is first */
+            SHM_STORE(hint, pool->slab.header->recovery_checked_ns, 0);
+            break;
+        }
+    }
     atomic_store_explicit(&pool->recovering, false, memory_order_release);
     return freed;
 }

@@ -24,11 +24,9 @@
  *   from      to        function       who                           meaning
  *   EMPTY     DIALING   slot_move      anyone                        takes the permit to open a connection
  *   DIALING   LEASED    slot_move      the dialler                   connection installed
- *   DIALING   IDLE      slot_move      the dialler                   connection made in advance
  *   DIALING   EMPTY     slot_move      the dialler                   dial failed, nothing opened
  *   LEASED    IDLE      slot_move      the holder                    release
  *   LEASED    OFFERED   slot_move      the holder                    hand-over to a waiter of the new owner
- *   IDLE      OFFERED   slot_move      anyone                        hand-over by a helper
  *   OFFERED   LEASED    slot_move      the addressee; after          claim
  *                                      OFFER_TTL anyone
  *   OFFERED   IDLE      slot_move      who offered it; the leaving   take back

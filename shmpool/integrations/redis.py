@@ -4,7 +4,7 @@
     client = redis.Redis(connection_pool=pool)                                      # before or after it
     client.set("key", "value")
 
-What: `ConnectionPool` takes the place of redis-py's own; `Dialer` opens connections for it.
+What: `ConnectionPool` takes the place of redis-py's own; `Dialer` opens connections for it; `ping` tries a lease.
 
 How: the handshake (HELLO or AUTH, SELECT, CLIENT SETNAME and SETINFO) is part of the dial, so it happens once per
 connection, whoever uses it later; what was agreed travels with the connection as its metadata. Each process has its
@@ -50,9 +50,9 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import redis
 from redis._parsers import _RESP2Parser, _RESP3Parser
 from redis.connection import AbstractConnection, Connection, parse_url
+from redis.connection import ConnectionPool as RedisConnectionPool
 from redis.exceptions import (
     ConnectionError,  # noqa: A004  (redis-py's, not the built-in one, wherever it stands in this file)
     MaxConnectionsError,
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 
     from .._core import PooledConnection
 
-__all__ = ["ConnectionPool", "Dialer", "SharedConnection"]
+__all__ = ["ConnectionPool", "Dialer", "SharedConnection", "ping"]
 
 # What commands do to a connection -----------------------------------------------------------------------------------
 
@@ -159,9 +159,7 @@ class Dialer:
 
     def __call__(self, request: DialRequest) -> tuple[socket.socket, bytes]:
         started = time.monotonic()
-        # Without what the pool adds to its own requests: the letter it posts early has no place for our metadata.
-        plain = DialRequest(request.protocol, request.ip_version, request.timeout, request.attempt)
-        sock = dial_target(self.target, plain, self.config)
+        sock = dial_target(self.target, request, self.config)
         try:
             for option, value in (self.options.get("socket_keepalive_options") or {}).items():
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -229,6 +227,19 @@ def _unread_check(connection: Connection) -> Any:
     return parser._reader.has_data if hasattr(parser, "_reader") else parser._buffer.unread_bytes
 
 
+def ping(lease: PooledConnection) -> bool:
+    """Whether the server answers PING on a leased connection. Raises as its socket does: TimeoutError, OSError."""
+    sock = lease.socket
+    sock.sendall(b"*1\r\n$4\r\nPING\r\n")
+    answer = b""
+    while not answer.endswith(b"\r\n"):
+        part = sock.recv(64)
+        if not part:
+            return False
+        answer += part
+    return answer == b"+PONG\r\n"
+
+
 # A process's own object for a connection ----------------------------------------------------------------------------
 
 
@@ -243,7 +254,8 @@ class SharedConnection(Connection):
     Made by `ConnectionPool.make_connection()`. One thread at a time, as all of redis-py's connections.
     """
 
-    _owner: weakref.ref[ConnectionPool] | None = None
+    _owner: weakref.ref[Any] | None = None  # to a ConnectionPool
+    _sock: Any = None
     _lease: PooledConnection | None = None
     # Of the present lease: commands without an answer yet, what has marked the connection, _OPEN_MULTI | _OPEN_WATCH |
     # _TRANSACTED, and the commands that are packed but not yet sent.
@@ -253,7 +265,7 @@ class SharedConnection(Connection):
     _packed: list[tuple[Any, ...]] | None = None
     _should_reconnect = False  # redis-py >= 7 has it of its own
 
-    def __init__(self, owner: weakref.ref[ConnectionPool] | None = None, **options: Any) -> None:
+    def __init__(self, owner: weakref.ref[Any] | None = None, **options: Any) -> None:
         self._owner = owner
         super().__init__(**options)
         if self.protocol == 3 and isinstance(self._parser, _RESP2Parser):
@@ -332,7 +344,7 @@ class SharedConnection(Connection):
         if self._is_leased():
             return
         self._unbind()
-        pool = self._owner() if self._owner is not None else None
+        pool: ConnectionPool | None = self._owner() if self._owner is not None else None
         if pool is None:
             raise ConnectionError("the connection pool of this connection is gone")
         pool._lease_for(self)
@@ -447,7 +459,7 @@ _ABSTRACT_PARAMETERS = _parameters(AbstractConnection.__init__)
 _OPTIONS = frozenset(_ABSTRACT_PARAMETERS) | frozenset(_parameters(Connection.__init__))
 
 
-class ConnectionPool(redis.ConnectionPool):
+class ConnectionPool(RedisConnectionPool):
     """A redis-py connection pool that all processes of the host share; `redis.Redis(connection_pool=...)` takes it.
 
     `target` is a `redis://` or `unix://` URL, a shmpool target (`tcp://host:port`), or a `shmpool.Pool` whose `dial`
@@ -504,7 +516,7 @@ class ConnectionPool(redis.ConnectionPool):
         self._get = self._pool.get
         self._lend_from = 0.0  # unix s: this process uses no connection older than this; 0: any
         off: dict[str, Any] = {}
-        if "maint_notifications_config" in _parameters(redis.ConnectionPool.__init__):
+        if "maint_notifications_config" in _parameters(RedisConnectionPool.__init__):
             from redis.maint_notifications import MaintNotificationsConfig
 
             off["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
@@ -731,7 +743,7 @@ def _refuse_unknown(settings: dict[str, Any]) -> None:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            remedy = f"neither redis-py {redis.__version__} nor shmpool has such a setting{hint}"
+            remedy = f"neither the installed redis-py nor shmpool has such a setting{hint}"
             raise InvalidConfig(field=name, value=value, remedy=remedy)
 
 

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "connection.h"
 #include "freelist.h"
 #include "pool.h"
 #include "recovery.h"
@@ -170,7 +171,7 @@ PLAY void play_retire(struct pool *pool, struct pool_claim *claim, unsigned reas
     struct entry *entry = &pool->entries[claim->slot];
     uint64_t connection = atomic_load_explicit(&pool->slab.slots[claim->slot].connection, memory_order_relaxed);
     int fd = entry->connection == connection ? entry->fd : -1;
-    pool_retire(pool, claim, fd, reason);
+    pool_retire(pool, claim, fd, reason, CONNECTION_LINGER_NS);
     if (fd >= 0)
         play_drop_entry(entry);
 }
@@ -208,7 +209,7 @@ PLAY void play_sleep(struct pool *pool, struct waiter_place *place, uint64_t dea
     uint64_t slice = deadline - now < WAITER_SLICE_NS ? deadline - now : WAITER_SLICE_NS;
     waiter_sleep(&pool->slab, place, slice);
     if (clock_now() - now >= WAITER_SLICE_NS)
-        waiter_rematch(&pool->slab, place);
+        pool_return_promise(pool, waiter_rematch(&pool->slab, place));
     waiter_prepare(&pool->slab, place);
 }
 
@@ -260,6 +261,13 @@ PLAY enum play_got play_get_any(struct pool *pool, uint32_t mask, uint64_t timeo
             ;
     play_leave_queue(pool, &place);
     return got;
+}
+
+/* pool_take() when nobody need look for the dead. */
+PLAY enum pool_taken play_take(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim)
+{
+    atomic_store(&pool->slab.header->recovery_checked_ns, clock_coarse());
+    return pool_take(pool, mask, place, claim);
 }
 
 PLAY bool play_try(struct pool *pool, struct pool_claim *claim)

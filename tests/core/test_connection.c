@@ -99,7 +99,7 @@ static void ended_for_every_copy(void)
 {
     streams();
     int copy = dup(ends[0]);
-    connection_end(ends, 1);
+    connection_end(ends, 1, CONNECTION_LINGER_NS);
     CHECK(at_end(ends[1]));
     CHECK(at_end(copy));
     CHECK(send(copy, "x", 1, MSG_NOSIGNAL) < 0 && errno == EPIPE);
@@ -125,7 +125,7 @@ static void waits_for_the_peer(void)
     streams();
     CHECK(pthread_create(&thread, NULL, closing_peer, &ends[1]) == 0);
     uint64_t begun = clock_now();
-    connection_end(ends, 1);
+    connection_end(ends, 1, CONNECTION_LINGER_NS);
     CHECK(clock_now() - begun < 10 * CONNECTION_LINGER_NS);
     CHECK(at_end(ends[0])); /* the last bytes were thrown away */
     pthread_join(thread, NULL);
@@ -143,14 +143,14 @@ static void many_at_once(void)
     }
     fds[40] = -1;
     uint64_t begun = clock_now();
-    connection_end(fds, 41);
+    connection_end(fds, 41, CONNECTION_LINGER_NS);
     CHECK(clock_now() - begun < 20 * CONNECTION_LINGER_NS); /* one after the other would be 40 */
     for (int i = 0; i < 40; i++) {
         CHECK(at_end(peers[i]));
         close(fds[i]);
         close(peers[i]);
     }
-    connection_end(NULL, 0);
+    connection_end(NULL, 0, CONNECTION_LINGER_NS);
 }
 
 int main(void)

@@ -50,8 +50,10 @@ static void nothing_vanishes(void)
                 inside[out] = false;
             uint32_t count = 0;
             for (uint32_t at = 0; at < size; at++)
-                if (cache.entries[at] != LOCAL_CACHE_NONE)
-                    CHECK(inside[cache.entries[at]]), count++;
+                if (cache.entries[at] != LOCAL_CACHE_NONE) {
+                    CHECK(inside[cache.entries[at]]);
+                    count++;
+                }
             for (uint32_t j = 0; j < 200; j++)
                 count -= inside[j];
             CHECK_EQ(count, 0);

@@ -48,7 +48,7 @@ static bool same_file(int a, int b)
 static void peeked_again_and_again(void)
 {
     begin();
-    CHECK_EQ(mailbox_peek(mailbox, id, 3, 9, &letter), -1); /* empty */
+    CHECK_EQ(mailbox_peek(mailbox, id, 3, 9, &letter), MAILBOX_NONE); /* empty */
     CHECK_EQ(mailbox_deposit(mailbox, id, 3, 9, ends[0], "hello", 5), 0);
     int before = open_descriptors();
     for (int i = 0; i < 5; i++) {
@@ -60,7 +60,7 @@ static void peeked_again_and_again(void)
     }
     CHECK_EQ(open_descriptors(), before);
     mailbox_drain(mailbox);
-    CHECK_EQ(mailbox_peek(mailbox, id, 3, 9, &letter), -1);
+    CHECK_EQ(mailbox_peek(mailbox, id, 3, 9, &letter), MAILBOX_NONE);
     mailbox_drain(mailbox); /* nothing there: nothing done */
     CHECK_EQ(open_descriptors(), before);
     end();
@@ -107,10 +107,10 @@ static void letters_of_others(void)
     begin();
     CHECK_EQ(mailbox_deposit(mailbox, id, 3, 9, ends[0], NULL, 0), 0);
     int before = open_descriptors();
-    CHECK_EQ(mailbox_peek(mailbox, other_id, 3, 9, &letter), -1);
-    CHECK_EQ(mailbox_peek(mailbox, id, 4, 9, &letter), -1);
-    CHECK_EQ(mailbox_peek(mailbox, id, 3, 10, &letter), -1);
-    CHECK_EQ(mailbox_peek(mailbox, id, 3, 0, &letter), -1);
+    CHECK_EQ(mailbox_peek(mailbox, other_id, 3, 9, &letter), MAILBOX_NONE);
+    CHECK_EQ(mailbox_peek(mailbox, id, 4, 9, &letter), MAILBOX_NONE);
+    CHECK_EQ(mailbox_peek(mailbox, id, 3, 10, &letter), MAILBOX_NONE);
+    CHECK_EQ(mailbox_peek(mailbox, id, 3, 0, &letter), MAILBOX_NONE);
     CHECK_EQ(open_descriptors(), before); /* the refused descriptor is closed each time */
     end();
 }
@@ -147,7 +147,7 @@ static void refused(const void *bytes, size_t size, const int *fds, size_t count
 {
     int before = open_descriptors();
     put(bytes, size, fds, count);
-    CHECK_EQ(mailbox_peek(mailbox, id, 3, 9, &letter), -1);
+    CHECK_EQ(mailbox_peek(mailbox, id, 3, 9, &letter), MAILBOX_NONE);
     CHECK_EQ(open_descriptors(), before);
     mailbox_drain(mailbox);
     CHECK_EQ(open_descriptors(), before);
@@ -206,7 +206,7 @@ static void strangers_are_refused(void)
     int status;
     CHECK_EQ(waitpid(child, &status, 0), child);
     CHECK_EQ(status, 0);
-    CHECK_EQ(mailbox_peek(mailbox, id, 0, 0, &letter), -1);
+    CHECK_EQ(mailbox_peek(mailbox, id, 0, 0, &letter), MAILBOX_NONE);
     end();
 }
 
@@ -236,7 +236,8 @@ static void no_descriptor_left(void)
     if (!child) {
         struct rlimit none = {0, 0};
         CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
-        CHECK_EQ(mailbox_peek(mailbox, id, 0, 1, &letter), -1);
+        CHECK_EQ(mailbox_peek(mailbox, id, 0, 1, &letter), MAILBOX_NO_ROOM);
+        CHECK_EQ(mailbox_peek(mailbox, id, 0, 2, &letter), MAILBOX_NONE);
         _exit(0);
     }
     int status;

@@ -10,7 +10,7 @@ static const char *const table[SLOT_STATE_COUNT] = {
     /*                  to: -EDLICRO   (- invalid, Empty, Dialing, Leased, Idle, Checking, Retiring, Offered) */
     [SLOT_INVALID] = /*  */ "........",
     [SLOT_EMPTY] = /*    */ "..D.....",
-    [SLOT_DIALING] = /*  */ ".E.LI.R.",
+    [SLOT_DIALING] = /*  */ ".E.L..R.",
     [SLOT_LEASED] = /*   */ "....I.RO",
     [SLOT_IDLE] = /*     */ "...L.CRO",
     [SLOT_CHECKING] = /* */ "....I.R.",

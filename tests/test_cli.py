@@ -1,0 +1,411 @@
+"""The command line: what it prints, where, and with which status."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shmpool
+from shmpool import Pool, cli, slab
+from shmpool.cli import View, count_text, fit, main, plain_lines, size_text, time_text
+from shmpool.inspector import PoolInfo, list_pools
+
+DEADLINE_S = 30.0
+COMMAND = [sys.executable, "-m", "shmpool"]
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def pool(url: str) -> Iterator[Pool]:
+    with Pool(url, max_connections=3, name=f"test-{os.getpid()}-{secrets.token_hex(4)}") as made:
+        yield made
+
+
+@pytest.fixture
+def only(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """The pool, as the only one of this user, whatever other tests do meanwhile."""
+    monkeypatch.setattr(cli, "list_pools", lambda: [each for each in list_pools() if each.name == pool.name])
+    return pool
+
+
+def run(*words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **changes}
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
+
+
+# list ---------------------------------------------------------------------------------------------------------------
+
+
+def test_list(only: Pool, capsys: pytest.CaptureFixture[str], url: str) -> None:
+    assert main(["list"]) == 0
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["name", "state", "creator", "connections", "memory", "age", "target"]
+    assert row.split()[:4] == [only.name, "open", str(os.getpid()), "3"]
+    assert row.endswith(url)
+
+
+def test_list_json(only: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    (info,) = json.loads(capsys.readouterr().out)
+    assert (info["name"], info["alive"], info["error"]) == (only.name, True, "")
+
+
+def test_list_of_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "list_pools", list)
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out == "there are no pools of this user\n"
+    assert main(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_list_of_the_dead_and_the_damaged(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    infos = [
+        PoolInfo(
+            name="d", pid=7, state="open", size=4096, max_connections=2, target="x\x1b[31m", created_at=time.time()
+        ),
+        PoolInfo(name="broken", error="it is a FIFO"),
+    ]
+    monkeypatch.setattr(cli, "list_pools", lambda: infos)
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^d +dead +7 +2 +4 KiB .* x\?\[31m$", out, re.MULTILINE)
+    assert re.search(r"^broken +damaged +0 B +it is a FIFO$", out, re.MULTILINE)
+
+
+# stats --------------------------------------------------------------------------------------------------------------
+
+
+def test_stats(pool: Pool, capsys: pytest.CaptureFixture[str], url: str) -> None:
+    with pool.get():
+        assert main(["stats", pool.name]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{pool.name}  {url}  open  ")
+    assert re.search(r"^connections +\[█{8}·{16}\] 1 leased of 3$", out, re.MULTILINE)
+    assert re.search(r"^leases .*/s: 100.0 % dialled$", out, re.MULTILINE)
+    assert re.search(r"^trouble +none$", out, re.MULTILINE)
+    assert re.search(rf"^ *{os.getpid()} +1 +0 +0 ", out, re.MULTILINE)
+    assert re.search(rf"^ +1 +leased +{os.getpid()} .*{url.removeprefix('tcp://')}$", out, re.MULTILINE)
+
+
+def test_stats_json_is_all_of_it(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", pool.name, "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert seen.keys() == {*pool.stats().to_dict(), "alive"}
+    assert (seen["name"], seen["alive"], seen["max_connections"]) == (pool.name, True, 3)
+
+
+def test_stats_of_a_troubled_pool(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    leases = [pool.get() for _ in range(3)]
+    for _ in range(2):
+        with pytest.raises(shmpool.PoolExhausted):
+            pool.try_get()
+    for lease in leases:
+        lease.discard()
+    assert main(["stats", pool.name]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^trouble +exhausted 2$", out, re.MULTILINE)
+    assert re.search(r"^opened +3, of 1 leases each; closed: 3 error$", out, re.MULTILINE)
+
+
+def test_the_name_may_be_left_out(only: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == only.name
+
+
+def test_which_of_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "list_pools", lambda: [PoolInfo(name="a"), PoolInfo(name="b")])
+    assert main(["stats"]) == 2
+    assert capsys.readouterr().err == "shmpool: there are several pools, name one: a, b\n"
+    monkeypatch.setattr(cli, "list_pools", list)
+    assert main(["top"]) == 1
+    assert capsys.readouterr().err == "shmpool: there are no pools of this user\n"
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["stats", "top", "unlink"])
+def test_no_such_pool(command: str, only: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "nobody-has-this"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"shmpool: there is no pool 'nobody-has-this' of this user; there are: {only.name}\n"
+
+
+@pytest.mark.parametrize("command", ["stats", "top", "unlink"])
+def test_no_such_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "../x"]) == 2
+    assert capsys.readouterr().err.startswith("shmpool: name='../x': must have ")
+
+
+def test_damaged(capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+    path = Path(slab.path_of(name))
+    os.mkfifo(path, 0o600)
+    try:
+        assert main(["stats", name]) == 1
+        assert "it is a FIFO, not shared memory" in capsys.readouterr().err
+        assert main(["unlink", name]) == 0
+        assert capsys.readouterr().out == f"removed {name}\n"
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_unlink_refuses_and_obeys(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unlink", pool.name]) == 1
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+    assert main(["unlink", pool.name, "--force"]) == 0
+    assert capsys.readouterr().out == f"removed {pool.name}\n"
+    assert main(["stats", pool.name]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["top", "--interval", "0"], "must be seconds, more than 0"),
+        (["top", "--interval", "soon"], "invalid number of seconds value: 'soon'"),
+        (["top", "--interval", "nan"], "must be seconds"),
+        (["demo", "--workers", "0"], "must be from 1 to 64"),
+        (["demo", "--connections", "x"], "invalid number value: 'x'"),
+        (["unlink"], "the following arguments are required: NAME"),
+        (["stats", "a", "b"], "unrecognized arguments: b"),
+    ],
+)
+def test_misuse(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"shmpool {shmpool.__version__}\n"
+
+
+# As a process -------------------------------------------------------------------------------------------------------
+
+
+def test_as_a_module(pool: Pool) -> None:
+    done = run("stats", pool.name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(pool.name)
+    assert run("stats", "nobody-has-this").returncode == 1
+    assert len(pool.stats().workers) == 1
+
+
+WITHOUT_RICH = "import sys; sys.modules['rich'] = None; from shmpool.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("words", [["list"], ["stats"], ["top", "--once", "--interval", "0.01"], ["unlink"]])
+def test_without_rich(words: list[str], pool: Pool) -> None:
+    name = [] if words == ["list"] else [pool.name]
+    program = [sys.executable, "-c", WITHOUT_RICH, *words, *name]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=DEADLINE_S)
+    if words == ["unlink"]:
+        assert "in use" in done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert pool.name in done.stdout
+
+
+def test_a_reader_that_leaves_is_no_error(pool: Pool) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "top", pool.name, "--interval", "0.01"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(DEADLINE_S) == 1
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_a_locale_without_our_characters(pool: Pool) -> None:
+    done = run("stats", pool.name, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "[" in done.stdout
+
+
+# top ----------------------------------------------------------------------------------------------------------------
+
+
+def test_top_once_is_one_interval(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(100):
+        pool.get().release()
+    assert main(["top", pool.name, "--once", "--interval", "0.02"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^leases +0/s: none$", out, re.MULTILINE)
+    assert re.search(r"^waiting +nobody now, 0/s$", out, re.MULTILINE)
+    assert re.search(r"^opened +1, of 100 leases each$", out, re.MULTILINE)
+
+
+def test_top_ends_with_the_pool(pool: Pool) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "top", pool.name, "--interval", "0.01"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline().startswith(pool.name)
+    pool.close()
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, err) == (0, "")
+    assert out.endswith(f"pool {pool.name!r} is closed\n")
+
+
+def test_ctrl_c_ends_top_quietly(pool: Pool) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "top", pool.name, "--interval", "0.01"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, err) == (0, "")
+
+
+class Terminal:
+    """A process on a terminal of its own, and all that it has written there."""
+
+    def __init__(self, *words: str, rows: int = 24, columns: int = 80) -> None:
+        self.pid, self._fd = pty.fork()
+        if not self.pid:
+            try:
+                environment = {**os.environ, "TERM": "xterm", "LINES": str(rows), "COLUMNS": str(columns)}
+                os.execve(sys.executable, [*COMMAND, *words], environment)
+            finally:
+                os._exit(127)
+        self.text = ""
+
+    def read_until(self, wanted: str) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while wanted not in self.text:
+            assert select.select([self._fd], [], [], deadline - time.monotonic())[0], self.text
+            self.text += os.read(self._fd, 65536).decode(errors="replace")
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._fd, b"\x03")
+
+    def end(self) -> int:
+        with contextlib.suppress(OSError):  # EIO: the other side is closed
+            while data := os.read(self._fd, 65536):
+                self.text += data.decode(errors="replace")
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_top_on_a_terminal(pool: Pool) -> None:
+    pytest.importorskip("rich")
+    terminal = Terminal("top", pool.name, "--interval", "0.05")
+    terminal.read_until("get p50")
+    with pool.get():
+        terminal.read_until("leased")
+    terminal.press_ctrl_c()
+    assert terminal.end() == 0
+    assert "Traceback" not in terminal.text
+    assert terminal.text.count("\x1b[?1049h") == terminal.text.count("\x1b[?1049l") == 1  # the screen is given back
+    assert terminal.text.rindex("\x1b[?25h") > terminal.text.rindex("\x1b[?25l")  # and the cursor
+
+
+# Figures and tables -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 ns"),
+        (65e-9, "65 ns"),
+        (999.4e-9, "999 ns"),
+        (999.6e-9, "1 µs"),
+        (1.234e-5, "12.3 µs"),
+        (0.0123, "12.3 ms"),
+        (0.9999, "1 s"),
+        (59.4, "59.4 s"),
+        (59.6, "1m00s"),
+        (192, "3m12s"),
+        (7500, "2h05m"),
+        (3600 * 76, "3d04h"),
+    ],
+)
+def test_time_text(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (0.254, "0.25"), (7, "7"), (12345, "12,345"), (123456, "123 k"), (1234567, "1.23 M"), (999999, "1 M")],
+)
+def test_count_text(count: float, text: str) -> None:
+    assert count_text(count) == text
+
+
+@given(st.floats(0, 1e12))
+def test_figures_are_short(value: float) -> None:
+    assert len(count_text(value)) <= 7
+    assert len(time_text(value / 1e6)) <= 7
+    assert len(size_text(value)) <= 8
+
+
+def test_size_text() -> None:
+    assert [size_text(size) for size in (0, 512, 4096, 2195456, 3 << 30)] == [
+        "0 B",
+        "512 B",
+        "4 KiB",
+        "2.09 MiB",
+        "3 GiB",
+    ]
+
+
+def table(rows: int, *headings: str) -> View:
+    view = View(headings)
+    for row in range(rows):
+        view.add(*(f"{heading}{row}" for heading in headings or ("x",)))
+    return view
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(8, 60))
+def test_views_fit_the_screen(first: int, second: int, height: int) -> None:
+    fitted = fit([table(1), table(first, "a", "b"), table(second, "c", "d")], height)
+    shown = [view.height for view in fitted if view.rows]
+    assert sum(shown) + len(shown) - 1 <= max(height, 11)
+    hidden = sum(int(row[0].split()[1]) - 1 for view in fitted for row in view.rows if row[0].startswith("…"))
+    assert sum(len(view.rows) for view in fitted) + hidden == 1 + first + second
+
+
+def test_plain_lines() -> None:
+    view = View(("what", "n"), left=frozenset({0}))
+    view.add("a", "1")
+    view.add("longer", "1,000")
+    assert list(plain_lines(view)) == ["what        n", "a           1", "longer  1,000"]
+    assert list(plain_lines(view.cut(1))) == ["what  n", "… 2 more"]
+
+
+def test_what_a_terminal_would_obey_is_not_shown() -> None:
+    view = View()
+    view.add("a\x1b]0;b\x07\r\n")
+    assert view.rows == [("a?]0;b???",)]
