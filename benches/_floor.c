@@ -13,6 +13,7 @@
 
 #include <errno.h>
 #include <linux/futex.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -25,7 +26,7 @@
 
 _Static_assert(sizeof(_Atomic uint64_t) == 8, "a word is 8 bytes in every process");
 
-enum { WORDS = 512, PEEK_BATCH = 64, LETTER_BYTES = 256 };
+enum { WORDS = 512, PEEK_BATCH = 64, LETTER_BYTES = 256, PATIENCE_S = 30 };
 
 static uint64_t now_ns(void)
 {
@@ -208,14 +209,18 @@ static PyObject *words_spin(PyObject *op, PyObject *args)
     return PyBool_FromLong(seen);
 }
 
-static long futex(_Atomic uint64_t *word, int op, uint32_t value)
+static long futex(_Atomic uint64_t *word, int op, uint32_t value, const struct timespec *timeout)
 {
-    return syscall(SYS_futex, (uint32_t *)word, op, value, NULL, NULL, 0); /* little endian: the low half of the word */
+    return syscall(SYS_futex, (uint32_t *)word, op, value, timeout, NULL, 0); /* little endian: the word's low half */
 }
 
-static void sleep_while(_Atomic uint64_t *word, uint64_t value)
+/* False: it was the value for PATIENCE_S, and whoever was to change it has probably died. */
+static int sleep_while(_Atomic uint64_t *word, uint64_t value)
 {
-    while (atomic_load(word) == value) futex(word, FUTEX_WAIT, (uint32_t)value);
+    const struct timespec patience = {.tv_sec = PATIENCE_S};
+    while (atomic_load(word) == value)
+        if (futex(word, FUTEX_WAIT, (uint32_t)value, &patience) < 0 && errno == ETIMEDOUT) return 0;
+    return 1;
 }
 
 static PyObject *words_sleep_while(PyObject *op, PyObject *args)
@@ -225,10 +230,13 @@ static PyObject *words_sleep_while(PyObject *op, PyObject *args)
     if (!PyArg_ParseTuple(args, "IK", &index, &value)) return NULL;
     _Atomic uint64_t *word = word_at(op, index);
     if (word == NULL) return NULL;
+    int changed;
     Py_BEGIN_ALLOW_THREADS
-    sleep_while(word, value);
+    changed = sleep_while(word, value);
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    if (changed) Py_RETURN_NONE;
+    PyErr_SetString(PyExc_TimeoutError, "the other process does not answer");
+    return NULL;
 }
 
 static PyObject *words_wake(PyObject *op, PyObject *args)
@@ -239,7 +247,7 @@ static PyObject *words_wake(PyObject *op, PyObject *args)
     _Atomic uint64_t *word = word_at(op, index);
     if (word == NULL) return NULL;
     atomic_store(word, value);
-    futex(word, FUTEX_WAKE, 1);
+    futex(word, FUTEX_WAKE, 1, NULL);
     Py_RETURN_NONE;
 }
 
@@ -251,15 +259,20 @@ static PyObject *words_ping_pong(PyObject *op, PyObject *args)
     _Atomic uint64_t *word = word_at(op, index);
     if (word == NULL) return NULL;
     uint64_t taken_ns = 0;
+    int answered = 1;
     Py_BEGIN_ALLOW_THREADS
     uint64_t began_ns = now_ns();
     for (unsigned i = 0; i < turns; i++) {
-        sleep_while(word, 1 - side);
+        if (!(answered = sleep_while(word, 1 - side))) break;
         atomic_store(word, 1 - side);
-        futex(word, FUTEX_WAKE, 1);
+        futex(word, FUTEX_WAKE, 1, NULL);
     }
     taken_ns = now_ns() - began_ns;
     Py_END_ALLOW_THREADS
+    if (!answered) {
+        PyErr_SetString(PyExc_TimeoutError, "the other process does not answer");
+        return NULL;
+    }
     return PyFloat_FromDouble((double)taken_ns / (2.0 * (turns ? turns : 1)));
 }
 
@@ -267,7 +280,7 @@ static PyMethodDef words_methods[] = {
     {"load", words_load, METH_VARARGS, "load(index) -> value"},
     {"store", words_store, METH_VARARGS, "store(index, value)"},
     {"spin", words_spin, METH_VARARGS, "spin(index, value, limit_ns) -> bool"},
-    {"sleep_while", words_sleep_while, METH_VARARGS, "sleep_while(index, value): FUTEX_WAIT until it differs"},
+    {"sleep_while", words_sleep_while, METH_VARARGS, "sleep_while(index, value): FUTEX_WAIT until it differs, else TimeoutError"},
     {"wake", words_wake, METH_VARARGS, "wake(index, value): store, then FUTEX_WAKE one"},
     {"ping_pong", words_ping_pong, METH_VARARGS, "ping_pong(index, side, turns) -> ns of one way"},
     {NULL, NULL, 0, NULL},
@@ -350,6 +363,17 @@ static PyObject *peek_mailbox(PyObject *module, PyObject *args)
     return PyLong_FromUnsignedLongLong(taken_ns);
 }
 
+/* A worker does not outlive the process that forked it. */
+static PyObject *die_with_parent(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int parent;
+    if (!PyArg_ParseTuple(args, "i", &parent)) return NULL;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0) return PyErr_SetFromErrno(PyExc_OSError);
+    if (getppid() != parent) raise(SIGKILL); /* it died before we asked */
+    Py_RETURN_NONE;
+}
+
 /* So that a sleep of 100 us is not one of 150 us: the kernel may add "slack" to any timer of a normal process. */
 static PyObject *timer_slack(PyObject *module, PyObject *args)
 {
@@ -364,6 +388,7 @@ static PyMethodDef floor_methods[] = {
     {"nothing", nothing, METH_NOARGS, "a C call that does nothing"},
     {"look_at_socket", look_at_socket, METH_VARARGS, "look_at_socket(fd, n) -> ns"},
     {"peek_mailbox", peek_mailbox, METH_VARARGS, "peek_mailbox(fd, n) -> ns"},
+    {"die_with_parent", die_with_parent, METH_VARARGS, "die_with_parent(its pid)"},
     {"timer_slack", timer_slack, METH_VARARGS, "timer_slack(ns)"},
     {NULL, NULL, 0, NULL},
 };

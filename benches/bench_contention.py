@@ -24,7 +24,7 @@ from typing import Any
 
 from benches import floor, subject
 from benches.harness import Line, Options, Spread, quantile
-from benches.workers import Forked, Peer, results
+from benches.workers import Crew, Forked, Peer
 
 WORKERS, PERMITS, HOLD = 8, 4, 100e-6
 START, END, IN_PLACE = 0, 1, 2  # words
@@ -188,13 +188,13 @@ def take_turns(
 
 def contend(contender: Any, hold: str, seconds: float) -> Outcome:
     words = floor.load().Words()
-    workers = [Forked(_worker, words, number, contender, hold) for number in range(WORKERS)]
-    while sum(words.load(IN_PLACE + number) for number in range(WORKERS)) < WORKERS:
-        time.sleep(0.005)
-    words.store(END, time.perf_counter_ns() + int(seconds * 1e9))
-    for _ in workers:
-        words.wake(START, 1)
-    all_waits = results(workers)
+    with Crew(*(Forked(_worker, words, number, contender, hold) for number in range(WORKERS))) as crew:
+        for number in range(WORKERS):
+            words.sleep_while(IN_PLACE + number, 0)
+        words.store(END, time.perf_counter_ns() + int(seconds * 1e9))
+        for _ in range(WORKERS):
+            words.wake(START, 1)
+        all_waits = crew.results()
     counts = [len(waits) for waits in all_waits]
     waits_us = sorted(wait / 1000 for waits in all_waits for wait in waits)
     return Outcome(sum(counts) / seconds, waits_us, min(counts) / max(counts))
@@ -209,7 +209,7 @@ def _worker(words: Any, number: int, contender: Any, hold_name: str) -> array.ar
         permit = take()
         hold()
         give(permit)
-    words.store(IN_PLACE + number, 1)
+    words.wake(IN_PLACE + number, 1)
     words.sleep_while(START, 0)
     end = words.load(END)
     while (began := clock()) < end:

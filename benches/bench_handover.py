@@ -20,7 +20,7 @@ from typing import Any
 
 from benches import floor, subject
 from benches.harness import Line, Options, Spread
-from benches.workers import Asleep, Forked, Peer, cores, pin, results
+from benches.workers import Asleep, Crew, Forked, Peer, cores, pin
 
 READY, TAKEN, TAKEN_AT, THING, PING, HELD, PIDS = 0, 1, 2, 3, 4, 5, 8  # words
 SECOND = 1_000_000_000
@@ -41,8 +41,9 @@ def measure(options: Options, name: str, settle_ns: int, rounds: int, block: int
     with Peer() as peer:
         pool = None if options.floors_only else subject.make_pool(peer.dial_tcp, 1, alive_bypass=60.0)
         try:
-            sides = [Forked(_side, words, number, pool, settle_ns, rounds, block) for number in (0, 1)]
-            figures = results(sides)
+            sides = (Forked(_side, words, number, pool, settle_ns, rounds, block) for number in (0, 1))
+            with Crew(*sides) as crew:
+                figures = crew.results()
         finally:
             if pool is not None:
                 pool.close()

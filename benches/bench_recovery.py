@@ -15,7 +15,7 @@ from typing import Any
 
 from benches import floor, subject
 from benches.harness import Line, Options, Spread
-from benches.workers import Asleep, Forked, Peer
+from benches.workers import Asleep, Crew, Forked, Peer
 
 HOLDING, ASKING, KILLED_AT = 0, 1, 2  # words
 PAUSE = 0.12
@@ -48,13 +48,14 @@ def recoveries(connections: int, kills: int, chance: random.Random) -> list[int]
             words.store(HOLDING, 0)
             words.store(ASKING, 0)
             holder = Forked(_hold_and_die, pool, words, waiter, connections, chance.uniform(0.0, PAUSE))
-            words.sleep_while(HOLDING, 0)
-            words.wake(ASKING, 1)
-            with pool.get() as lease:
-                taken_at = time.perf_counter_ns()
-                assert lease.socket.fileno() >= 0
-            figures.append(taken_at - words.load(KILLED_AT))
-            holder.wait_killed()
+            with Crew(holder):
+                words.sleep_while(HOLDING, 0)
+                words.wake(ASKING, 1)
+                with pool.get() as lease:
+                    taken_at = time.perf_counter_ns()
+                    assert lease.socket.fileno() >= 0
+                figures.append(taken_at - words.load(KILLED_AT))
+                holder.wait_killed()
     return figures
 
 

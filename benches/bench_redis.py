@@ -18,7 +18,7 @@ from typing import Any
 
 from benches import floor
 from benches.harness import Line, Options, Spread, quantile
-from benches.workers import Forked, results
+from benches.workers import Crew, Forked
 
 WORKERS = 8
 START, END, GATE, IN_PLACE = 0, 1, 2, 8  # words
@@ -89,17 +89,17 @@ def take_turns(contenders: dict[str, Any], server: Any, options: Options) -> dic
 
 def contend(make_client: Callable[[], Any], server: Any, seconds: float) -> Outcome:
     words = floor.load().Words()
-    workers = [Forked(_worker, words, number, make_client) for number in range(WORKERS)]
-    while sum(words.load(IN_PLACE + number) for number in range(WORKERS)) < WORKERS:
-        time.sleep(0.005)
-    words.store(END, time.perf_counter_ns() + int(seconds * 1e9))
-    for _ in workers:
-        words.wake(START, 1)
-    time.sleep(seconds + 0.1)
-    connections = server.execute("CLIENT", "LIST").strip().count("\n")  # less the one that asks
-    for _ in workers:
-        words.wake(GATE, 1)
-    all_waits = results(workers)
+    with Crew(*(Forked(_worker, words, number, make_client) for number in range(WORKERS))) as crew:
+        for number in range(WORKERS):
+            words.sleep_while(IN_PLACE + number, 0)
+        words.store(END, time.perf_counter_ns() + int(seconds * 1e9))
+        for _ in range(WORKERS):
+            words.wake(START, 1)
+        time.sleep(seconds + 0.1)
+        connections = server.execute("CLIENT", "LIST").strip().count("\n")  # less the one that asks
+        for _ in range(WORKERS):
+            words.wake(GATE, 1)
+        all_waits = crew.results()
     waits_us = sorted(wait / 1000 for waits in all_waits for wait in waits)
     return Outcome(sum(map(len, all_waits)) / seconds, waits_us, connections)
 
@@ -110,7 +110,7 @@ def _worker(words: Any, number: int, make_client: Callable[[], Any]) -> array.ar
     gc.disable()
     for _ in range(50):
         ping()
-    words.store(IN_PLACE + number, 1)
+    words.wake(IN_PLACE + number, 1)
     words.sleep_while(START, 0)
     end = words.load(END)
     while (began := clock()) < end:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benches import floor, subject
 from benches.harness import Candidate, Line, Options, Spread, interleave, loop, quantile
-from benches.workers import Forked, Peer, allow_descriptors, cores, pin
+from benches.workers import Crew, Forked, Peer, allow_descriptors, cores, pin
 
 BODY = "with pool.get() as c: c.socket"
 PEEK = "mailbox peek"
@@ -54,14 +54,11 @@ def two_processes(options: Options) -> list[Line]:
         if not options.floors_only:
             peer = stack.enter_context(Peer())
             pool = stack.enter_context(subject.pool_of(peer.dial_tcp, 8, alive_bypass=60.0))
-        workers = [Forked(_worker, words, number, pool) for number in (0, 1)]
-        try:
+        with Crew(*(Forked(_worker, words, number, pool) for number in (0, 1))) as crew:
             guards, pools = _scalings(words, pool is not None, options.pick(25, 150))
-        finally:
             for number in (0, 1):
                 words.wake(8 * (number + 1) + GO, STOP)
-        for worker in workers:
-            worker.result()
+            crew.results()
     machine_scale = Spread.of(guards)
     options.say(f"  two processes against one, C guard of each: {machine_scale.text(' x')}")
     if not pools:
@@ -199,16 +196,15 @@ def steals(options: Options, peer: Peer, mailbox: int, slots: int = 1000, stolen
     words = c.Words()
     config = {"local_cache_size": stolen, "alive_bypass": 60.0}
     with subject.pool_of(peer.dial_unix, slots, **config) as pool:
-        keeper = Forked(_keeper, pool, words, slots, stolen)
-        words.sleep_while(0, 0)
         rounds = []
-        for number in range(options.pick(5, 20)):
-            first, again = Forked(_thief, pool, stolen, mailbox).result()
-            rounds.append((first, again))
-            words.wake(1, number + 1)  # the keeper takes them back into its cache
-            words.sleep_while(0, number + 1)
-        words.wake(1, 2**32 - 1)
-        keeper.result()
+        with Crew(Forked(_keeper, pool, words, slots, stolen)) as crew:
+            words.sleep_while(0, 0)
+            for number in range(options.pick(5, 20)):
+                rounds.append(Forked(_thief, pool, stolen, mailbox).result())
+                words.wake(1, number + 1)  # the keeper takes them back into its cache
+                words.sleep_while(0, number + 1)
+            words.wake(1, 2**32 - 1)
+            crew.results()
     gets, peeks = ([figure for first, _again in rounds for figure in first[kind]] for kind in ("get", "peek"))
     sockets = [figure for first, _again in rounds for figure in first["socket"]]
     again = [figure for _first, again in rounds for figure in again]

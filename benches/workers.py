@@ -5,6 +5,7 @@ Not here: any timing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import pickle
@@ -15,9 +16,11 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+
+from benches import floor
 
 
 def cores() -> list[int]:
@@ -36,51 +39,75 @@ class Forked:
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         sys.stdout.flush()
         reader, writer = os.pipe()
+        parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(reader)
+            floor.load().die_with_parent(parent)
             os._exit(_run(writer, function, args))
         os.close(writer)
         self._reader = reader
         self._reaped = False
+        self._fate = ""
 
     def result(self) -> Any:
         with os.fdopen(self._reader, "rb") as stream:
             data = stream.read()
-        self._reap()
-        if not data:
-            raise RuntimeError(f"worker {self.pid} ended without a result")
-        held, value = pickle.loads(data)
-        if not held:
-            raise RuntimeError(f"worker {self.pid} failed:\n{value}")
-        return value
+        status = self._reap()
+        self._fate = "" if data else f"worker {self.pid} ended without a result: {_ending(status)}"
+        if data:
+            held, value = pickle.loads(data)
+            if held:
+                return value
+            self._fate = f"worker {self.pid} failed:\n{value}"
+        raise RuntimeError(self._fate)
 
     def wait_killed(self) -> None:
         """For a child that is meant to be killed: reaps it."""
         os.close(self._reader)
         self._reap()
 
-    def kill(self) -> None:
-        if not self._reaped:
+    def end(self) -> str:
+        """Kills it if it still runs. Returns how it failed, "" if it did not."""
+        if self._reaped:
+            return self._fate
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait_killed()
+            return f"worker {self.pid} was still at work"
+        with contextlib.suppress(RuntimeError):
+            self.result()
+        return self._fate
 
-    def _reap(self) -> None:
-        os.waitpid(self.pid, 0)
+    def _reap(self) -> int:
         self._reaped = True
+        return os.waitpid(self.pid, 0)[1]
 
 
-def results(workers: Sequence[Forked]) -> list[Any]:
-    """What all of them return; RuntimeError with all their failures if one failed, for one is often due to another."""
-    values, failures = [], []
-    for worker in workers:
-        try:
-            values.append(worker.result())
-        except RuntimeError as error:
-            failures.append(str(error))
-    if failures:
-        raise RuntimeError("\n".join(failures))
-    return values
+def _ending(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+class Crew:
+    """Workers that belong together. If something fails, RuntimeError says what befell each; none is left behind."""
+
+    def __init__(self, *workers: Forked) -> None:
+        self._workers = workers
+
+    def results(self) -> list[Any]:
+        """What all of them return, in their order."""
+        return [worker.result() for worker in self._workers]
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        fates = [fate for worker in self._workers if (fate := worker.end())]
+        if fates and isinstance(error, Exception):
+            raise RuntimeError("\n".join(fates)) from error
 
 
 def _run(writer: int, function: Callable[..., Any], args: tuple[Any, ...]) -> int:

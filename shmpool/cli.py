@@ -162,7 +162,7 @@ def _top(options: argparse.Namespace) -> int:
         try:
             if options.once:
                 print_views(next(looks))
-            elif sys.stdout.isatty() and can_draw():
+            elif can_draw():
                 with live_screen(alternate=True) as draw:
                     for views in looks:
                         draw(views)
@@ -173,7 +173,8 @@ def _top(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:  # the way to end it
             return 0
         if not options.once:
-            print(f"pool {inspector.name!r} {'is closed' if inspector.alive else 'is used by no process any more'}")
+            closed = inspector.stats().state == "closed"
+            print(f"pool {inspector.name!r} {'is closed' if closed else 'is used by no process any more'}")
     return 0
 
 
@@ -273,7 +274,7 @@ def head_view(now: PoolStats, *, alive: bool = True) -> View:
     """One line: which pool this is."""
     view = View(left=frozenset({0}))
     age = time_text(time.time() - now.created_at)
-    state = now.state if alive else "dead: no process has it any more"
+    state = now.state if alive or now.state == "closed" else "dead: no process has it any more"
     view.add(f"{now.name}  {now.target}  {state}  {age} old", style="bold")
     return view
 
@@ -478,8 +479,9 @@ def plain_lines(view: View) -> Iterator[str]:
 
 
 def can_draw() -> bool:
-    """Whether `rich` is there. It comes with `pip install 'shmpool[cli]'`."""
-    return importlib.util.find_spec("rich") is not None
+    """Whether a live picture is possible: on a terminal that can move its cursor, with `pip install 'shmpool[cli]'`."""
+    terminal = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    return terminal and importlib.util.find_spec("rich") is not None
 
 
 @contextlib.contextmanager

@@ -28,7 +28,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -415,7 +414,7 @@ class _Show:
     elapsed: float = 0.0
 
     def play(self) -> None:
-        live = sys.stdout.isatty() and can_draw()
+        live = can_draw()
         if not live:
             print(f"look at it from elsewhere, too: shmpool top {self.pool.name}\n", flush=True)
         with live_screen(alternate=False) if live else contextlib.nullcontext(_draw_plain) as draw:

@@ -415,7 +415,8 @@ def _versions(version: IPVersion | None) -> tuple[int, ...]:
 
 
 def _name_of(dial: Callable[..., object] | None) -> str:
-    return f"{getattr(dial, '__module__', '?')}.{getattr(dial, '__qualname__', repr(dial))}"
+    name = getattr(dial, "__qualname__", None)
+    return f"{getattr(dial, '__module__', '?')}.{name}" if name else repr(dial)
 
 
 def _is_private(sock: socket.socket) -> bool:

@@ -125,14 +125,15 @@ class Child:
         self._pipe = pipe
         self._pidfd = os.pidfd_open(pid)
         self.status: int | None = None
+        self._data = b""
 
     def result(self, timeout_s: float = TIMEOUT_S) -> Any:
         """What the function returned; what it raised is raised here. Waits for the child's end."""
         self.wait(timeout_s)
-        data = self._received()
-        if not data:
+        self._data += self._received()
+        if not self._data:
             raise ChildEnded(f"child {self.pid} ended with {self.ended()} and no result")
-        kind, value, text = pickle.loads(data)
+        kind, value, text = pickle.loads(self._data)
         if kind == "returned":
             return value
         print(f"in child {self.pid}:\n{text}", file=sys.stderr)

@@ -225,29 +225,49 @@ static bool forked_since(PoolObject *self, uint32_t generation)
     return !pool_joined(&self->pool) || self->pool.generation != generation;
 }
 
-/* The claim is RETIRING by us: end it, waiting for the peer at most *linger_ns, from which the wait is taken off. Releases the
- * GIL; keeps a pending exception. */
+/* Our descriptor of a connection, for ending it; -1 when there is none, or when it may have been closed behind our back. */
+static int entry_fd(struct pool *pool, uint32_t slot)
+{
+    struct entry *entry = &pool->entries[slot];
+    bool current = entry->connection && entry->connection == SHM_LOAD(row, pool->slab.slots[slot].connection);
+    return current && !*entry->dirty ? entry->fd : -1;
+}
+
+static void entry_drop_session(struct entry *entry)
+{
+    PyObject *session = entry->session;
+    entry->session = NULL;
+    Py_XDECREF(session);
+}
+
+/* Close what we have of the ended connection, then free its permit. */
+static void empty_slot(struct pool *pool, struct pool_claim *claim, unsigned reason)
+{
+    struct parts parts = entry_take(&pool->entries[claim->slot]);
+    parts_close(&parts);
+    pool_empty(pool, claim, reason);
+}
+
+/* The claim is RETIRING by us: end it, waiting for the peer at most *linger_ns, from which the wait is taken off. The entry stays
+ * as it is meanwhile: a child forked in between finds it there and closes its copy. Releases the GIL; keeps a pending exception. */
 static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reason, uint64_t *linger_ns)
 {
     struct pool *pool = &self->pool;
     PyObject *type, *value, *traceback;
+    uint32_t generation = pool->generation;
     Py_BEGIN_CRITICAL_SECTION(self);
     PyErr_Fetch(&type, &value, &traceback);
-    struct entry *entry = &pool->entries[claim->slot];
-    bool current = entry->connection == SHM_LOAD(row, pool->slab.slots[claim->slot].connection);
-    int fd = current && !*entry->dirty ? entry->fd : -1;
-    struct parts parts = entry_take(entry);
-    uint32_t generation = pool->generation;
-    parts_drop_session(&parts);
+    entry_drop_session(&pool->entries[claim->slot]);
     if (!forked_since(self, generation)) { /* else the slot is the parent's, which goes on with it */
+        int fd = entry_fd(pool, claim->slot);
         uint64_t begun = clock_now();
         Py_BEGIN_ALLOW_THREADS
-        pool_retire(pool, claim, fd, reason, *linger_ns);
+        pool_end(pool, claim, &fd, 1, *linger_ns);
         Py_END_ALLOW_THREADS
         uint64_t waited = clock_now() - begun;
         *linger_ns = waited < *linger_ns ? *linger_ns - waited : 0;
+        empty_slot(pool, claim, reason);
     }
-    parts_close(&parts);
     if (!pool_is_open(pool))
         finish(self);
     PyErr_Restore(type, value, traceback);
@@ -752,6 +772,10 @@ static void give_back(PoolObject *self, struct pool_claim *claim)
         retire_leased(self, claim, SHM_T_closed_shutdown);
 }
 
+/* Was our socket object closed or changed while nobody leased the connection here (a client object that died, a socket kept
+ * beyond its lease)? The connection itself is good; it is fetched anew. */
+static bool entry_is_spoilt(const struct entry *entry) { return *entry->dirty && entry->dirty != always_dirty; }
+
 /* A lease on an existing connection, LEASED by the claim. NULL without exception: it was unfit and is retired; search on.
  * `known`: its condition, when it was looked at already. */
 static PyObject *lease_existing(PoolObject *self, struct pool_claim *claim, struct request *request,
@@ -760,7 +784,7 @@ static PyObject *lease_existing(PoolObject *self, struct pool_claim *claim, stru
     struct pool *pool = &self->pool;
     struct entry *entry = &pool->entries[claim->slot];
     struct slot_shm *row = &pool->slab.slots[claim->slot];
-    if (entry->connection != SHM_LOAD(row, row->connection)) {
+    if (entry->connection != SHM_LOAD(row, row->connection) || entry_is_spoilt(entry)) {
         uint32_t generation = pool->generation;
         int fetched = entry_fetch(self, claim->slot);
         if (forked_since(self, generation))
@@ -1009,7 +1033,7 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
     struct entry *entry = &pool->entries[claim.slot];
     struct slot_shm *row = &pool->slab.slots[claim.slot];
     enum pool_condition condition = CONDITION_GOOD;
-    if (SHM_UNLIKELY(entry->connection != SHM_LOAD(row, row->connection) ||
+    if (SHM_UNLIKELY(entry->connection != SHM_LOAD(row, row->connection) || *entry->dirty ||
                      (condition = pool_validate(pool, claim.slot, entry->fd, now)) != CONDITION_GOOD)) {
         struct request request = request_new(mask, timeout_ns, may_wait);
         PyObject *lease = lease_existing(self, &claim, &request, condition == CONDITION_GOOD ? NULL : &condition);
@@ -1464,35 +1488,36 @@ static PyObject *pool_recover(PoolObject *self, PyObject *unused)
 static int64_t retire_idle(PoolObject *self, unsigned reason, bool (*fits)(struct pool *, uint32_t))
 {
     struct pool *pool = &self->pool;
-    uint32_t count = pool->slab.layout.max_slots, found = 0;
+    uint32_t count = pool->slab.layout.max_slots, found = 0, generation = pool->generation;
     struct pool_claim *claims = PyMem_Calloc(count, sizeof *claims);
-    struct parts *parts = PyMem_Calloc(count, sizeof *parts);
     int *fds = PyMem_Calloc(count, sizeof *fds);
-    if (!claims || !parts || !fds) {
+    if (!claims || !fds) {
+        PyMem_Free(claims);
+        PyMem_Free(fds);
         PyErr_NoMemory();
-        found = UINT32_MAX;
-    } else {
-        for (uint32_t slot = 0; slot < count; slot++) {
-            uint64_t word = slot_load(&pool->slab.slots[slot]);
-            claims[found] = (struct pool_claim){.slot = slot, .word = word};
-            if ((slot_state(word) != SLOT_IDLE && slot_state(word) != SLOT_OFFERED) || !fits(pool, slot) ||
-                !pool_condemn(pool, &claims[found]))
-                continue;
-            struct entry *entry = &pool->entries[slot];
-            fds[found] = entry->connection == SHM_LOAD(row, pool->slab.slots[slot].connection) ? entry->fd : -1;
-            parts[found] = entry_take(entry);
-            parts_drop_session(&parts[found++]);
-        }
+        return -1;
+    }
+    for (uint32_t slot = 0; slot < count; slot++) {
+        uint64_t word = slot_load(&pool->slab.slots[slot]);
+        claims[found] = (struct pool_claim){.slot = slot, .word = word};
+        if ((slot_state(word) == SLOT_IDLE || slot_state(word) == SLOT_OFFERED) && fits(pool, slot) &&
+            pool_condemn(pool, &claims[found]))
+            found++;
+    }
+    for (uint32_t i = 0; i < found; i++) {
+        entry_drop_session(&pool->entries[claims[i].slot]);
+        fds[i] = entry_fd(pool, claims[i].slot);
+    }
+    if (!forked_since(self, generation)) {
         Py_BEGIN_ALLOW_THREADS
-        pool_retire_many(pool, claims, fds, found, reason, CONNECTION_LINGER_NS);
+        pool_end(pool, claims, fds, found, CONNECTION_LINGER_NS);
         Py_END_ALLOW_THREADS
         for (uint32_t i = 0; i < found; i++)
-            parts_close(&parts[i]);
+            empty_slot(pool, &claims[i], reason);
     }
     PyMem_Free(claims);
-    PyMem_Free(parts);
     PyMem_Free(fds);
-    return found == UINT32_MAX ? -1 : (int64_t)found;
+    return (int64_t)found;
 }
 
 static bool any_fits(struct pool *pool, uint32_t slot)
@@ -1503,12 +1528,12 @@ static bool any_fits(struct pool *pool, uint32_t slot)
 
 static bool is_too_old(struct pool *pool, uint32_t slot)
 {
-    return SHM_LOAD(row, pool->slab.slots[slot].expires_ns) <= clock_coarse();
+    return SHM_LOAD(row, pool->slab.slots[slot].expires_ns) <= clock_now();
 }
 
 static bool is_idle_too_long(struct pool *pool, uint32_t slot)
 {
-    uint64_t now = clock_coarse(), used = SHM_LOAD(row, pool->slab.slots[slot].last_used_ns);
+    uint64_t now = clock_now(), used = SHM_LOAD(row, pool->slab.slots[slot].last_used_ns);
     return now > used && now - used > pool->options.idle_timeout_ns;
 }
 

@@ -81,7 +81,12 @@ enum pool_verdict pool_create(struct pool *pool, int slab_fd, const struct slab_
     pool->options = *options;
     pool->cache.size = options->local_cache_size;
     assert(pool->cache.size <= LOCAL_CACHE_MAX);
-    void *base = mmap(NULL, layout->total_size, PROT_READ | PROT_WRITE, MAP_SHARED, slab_fd, 0);
+    int map_fd = file_open_anew(slab_fd); /* a mapping keeps its description, and with it every lock that is held through it */
+    void *base = map_fd < 0 ? MAP_FAILED : mmap(NULL, layout->total_size, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd, 0);
+    int error = errno;
+    if (map_fd >= 0)
+        close(map_fd);
+    errno = error;
     if (base == MAP_FAILED)
         return POOL_ERRNO;
     slab_format_new(&pool->slab, base, layout, who);
@@ -483,48 +488,48 @@ bool pool_condemn(struct pool *pool, struct pool_claim *claim)
     return slot_move(&pool->slab.slots[claim->slot], &claim->word, pool->worker, SLOT_RETIRING);
 }
 
-/* Fetch the letters' descriptors of claims[0..count) into `ends`; where there is none, the caller's. Returns how many. */
+/* Gather a descriptor of each connection of claims[0..count) into `ends`: the caller's, else the letter's, which also goes to
+ * `ours`. Returns how many there are. */
 static size_t gather_ends(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, int *ends, int *ours,
                           uint64_t linger_ns)
 {
     size_t found = 0;
     for (size_t i = 0; i < count; i++) {
-        ours[i] = peek_for_end(pool, claims[i].slot, linger_ns);
-        int fd = ours[i] >= 0 || !fds ? ours[i] : fds[i];
+        bool given = fds && fds[i] >= 0;
+        ours[i] = given ? MAILBOX_NONE : peek_for_end(pool, claims[i].slot, linger_ns);
+        int fd = given ? fds[i] : ours[i];
         if (fd >= 0)
             ends[found++] = fd;
     }
     return found;
 }
 
-void pool_retire_many(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, unsigned reason,
-                      uint64_t linger_ns)
+void pool_end(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, uint64_t linger_ns)
 {
     enum { FEW = 64 };
     int few[2 * FEW] = {0}, *space = count <= FEW ? few : malloc(2 * count * sizeof *space);
     if (!space) { /* no memory: in pieces that fit on the stack */
         for (size_t i = 0; i < count; i += FEW)
-            pool_retire_many(pool, claims + i, fds ? fds + i : NULL, count - i < FEW ? count - i : FEW, reason, linger_ns);
+            pool_end(pool, claims + i, fds ? fds + i : NULL, count - i < FEW ? count - i : FEW, linger_ns);
         return;
     }
-    size_t ends = gather_ends(pool, claims, fds, count, space, space + count, linger_ns);
+    int *ours = space + count;
+    size_t ends = gather_ends(pool, claims, fds, count, space, ours, linger_ns);
     connection_end(space, ends, linger_ns);
-    for (size_t i = 0; i < count; i++) {
-        mailbox_drain(pool->mailboxes[claims[i].slot]);
-        if (space[count + i] >= 0)
-            close(space[count + i]);
-        pool_count_total(pool, reason, 1);
-        SHM_ADD(hint, pool->slab.header->retired, 1);
-        make_empty(pool, &claims[i]);
-    }
+    for (size_t i = 0; i < count; i++)
+        if (ours[i] >= 0)
+            close(ours[i]);
     if (space != few)
         free(space);
 }
 
-void pool_retire(struct pool *pool, struct pool_claim *claim, int fd, unsigned reason, uint64_t linger_ns)
+void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
 {
     assert(slot_state(claim->word) == SLOT_RETIRING);
-    pool_retire_many(pool, claim, &fd, 1, reason, linger_ns);
+    mailbox_drain(pool->mailboxes[claim->slot]);
+    pool_count_total(pool, reason, 1);
+    SHM_ADD(hint, pool->slab.header->retired, 1);
+    make_empty(pool, claim);
 }
 
 /* ---- release ---- */
@@ -581,8 +586,10 @@ void pool_release_late(struct pool *pool, uint32_t slot)
         uint32_t mask = kind_mask(SHM_LOAD(row, row->kind));
         bool fits = waiter_first(&pool->slab, mask, &seen);
         waiter_wake_first(&pool->slab, fits ? mask : WAITER_ANY_BUCKET);
-    } else if (slot_state(claim.word) == SLOT_IDLE && pool_condemn(pool, &claim))
-        pool_retire(pool, &claim, -1, SHM_T_closed_shutdown, CONNECTION_LINGER_NS);
+    } else if (slot_state(claim.word) == SLOT_IDLE && pool_condemn(pool, &claim)) {
+        pool_end(pool, &claim, NULL, 1, CONNECTION_LINGER_NS);
+        pool_empty(pool, &claim, SHM_T_closed_shutdown);
+    }
 }
 
 void pool_return_promise(struct pool *pool, int64_t slot)

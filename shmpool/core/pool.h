@@ -99,7 +99,7 @@ struct pool_claim {
 enum pool_taken {
     TAKEN_LEASED,  /* an idle connection is ours */
     TAKEN_DIAL,    /* an empty slot is ours (DIALING): connect, then pool_install or pool_abandon */
-    TAKEN_EVICTED, /* an idle connection of another kind is ours (RETIRING): pool_retire it and take again */
+    TAKEN_EVICTED, /* an idle connection of another kind is ours (RETIRING): end it and take again */
     TAKEN_NOTHING, /* every connection is leased, or opening */
     TAKEN_RECOVER, /* nothing, but it is time to look for the dead: recovery_run (blocks, without the GIL), then take again */
     TAKEN_CLOSED,  /* the pool is closed */
@@ -137,12 +137,11 @@ bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool
 void pool_abandon(struct pool *pool, struct pool_claim *claim);
 /* LEASED, IDLE or CHECKING -> RETIRING: from now on nobody else may have it. False: it was not ours any more. */
 bool pool_condemn(struct pool *pool, struct pool_claim *claim);
-/* RETIRING -> EMPTY: end the connection for all processes, by its letter, else by `fd` (-1: none). Blocks up to
- * `linger_ns`. `reason` is a counter SHM_T_closed_*. */
-void pool_retire(struct pool *pool, struct pool_claim *claim, int fd, unsigned reason, uint64_t linger_ns);
-/* The same for many at once, with one linger for all. */
-void pool_retire_many(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, unsigned reason,
-                      uint64_t linger_ns);
+/* RETIRING: end connections for all processes, each by the caller's descriptor, else by its letter. `fds` may be NULL, and an element
+ * -1. Blocks up to `linger_ns`, once for all. The caller then closes its own copies and calls pool_empty for each. */
+void pool_end(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, uint64_t linger_ns);
+/* RETIRING -> EMPTY: the permit is free. `reason` is a counter SHM_T_closed_*. */
+void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason);
 
 /* ---- release ---- */
 

@@ -41,9 +41,9 @@ static uint32_t sweep_slots(struct pool *pool, uint32_t dead, unsigned states)
         if (states >> slot_state(slot_load(&pool->slab.slots[slot])) & 1)
             count += take_over(pool, slot, dead, &claims[count]);
         if (count == BATCH || (count && slot + 1 == pool->slab.layout.max_slots)) {
-            pool_retire_many(pool, claims, NULL, count, SHM_T_closed_owner_died, CONNECTION_LINGER_NS);
-            freed += count;
-            count = 0;
+            pool_end(pool, claims, NULL, count, CONNECTION_LINGER_NS);
+            for (freed += count; count; count--)
+                pool_empty(pool, &claims[count - 1], SHM_T_closed_owner_died);
         }
     }
     waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);

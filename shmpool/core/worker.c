@@ -51,20 +51,26 @@ struct seat *seat_take(void)
     return seat;
 }
 
-int seat_open(struct seat *seat, int slab_fd)
+int file_open_anew(int slab_fd)
 {
     char path[64];
     struct stat ours, opened;
     snprintf(path, sizeof path, "/proc/self/fd/%d", slab_fd);
-    pthread_mutex_lock(&seats_mutex);
-    int error = 0;
     int fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
-        error = errno;
-    else if (fstat(slab_fd, &ours) || fstat(fd, &opened) || ours.st_ino != opened.st_ino || ours.st_dev != opened.st_dev)
-        error = EBADF;
-    if (error && fd >= 0)
+        return -1;
+    if (fstat(slab_fd, &ours) || fstat(fd, &opened) || ours.st_ino != opened.st_ino || ours.st_dev != opened.st_dev) {
         close(fd);
+        errno = EBADF;
+        return -1;
+    }
+    return fd;
+}
+
+int seat_open(struct seat *seat, int slab_fd)
+{
+    pthread_mutex_lock(&seats_mutex);
+    int fd = file_open_anew(slab_fd), error = fd < 0 ? errno : 0;
     if (!error)
         atomic_store_explicit(&seat->fd, fd, memory_order_release);
     pthread_mutex_unlock(&seats_mutex);

@@ -40,7 +40,9 @@ struct fork_page {
 
 /* One seat node out of the process-wide list; NULL without memory. */
 struct seat *seat_take(void);
-/* Open the file of descriptor `slab_fd` anew, a description of its own, and put it into the seat; 0 or errno. */
+/* Open the file of `slab_fd` anew: a description of its own; -1 (errno). */
+int file_open_anew(int slab_fd);
+/* The same, into the seat; 0 or errno. */
 int seat_open(struct seat *seat, int slab_fd);
 void seat_close(struct seat *seat);
 void seat_give_back(struct seat *seat);

@@ -171,7 +171,8 @@ PLAY void play_retire(struct pool *pool, struct pool_claim *claim, unsigned reas
     struct entry *entry = &pool->entries[claim->slot];
     uint64_t connection = atomic_load_explicit(&pool->slab.slots[claim->slot].connection, memory_order_relaxed);
     int fd = entry->connection == connection ? entry->fd : -1;
-    pool_retire(pool, claim, fd, reason, CONNECTION_LINGER_NS);
+    pool_end(pool, claim, &fd, 1, CONNECTION_LINGER_NS);
+    pool_empty(pool, claim, reason);
     if (fd >= 0)
         play_drop_entry(entry);
 }

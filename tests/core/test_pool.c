@@ -269,7 +269,9 @@ static void many_retired_at_once(void)
         CHECK(pool_condemn(pool, &claims[i]));
         fds[i] = -1;
     }
-    pool_retire_many(pool, claims, fds, COUNT, SHM_T_closed_idle, CONNECTION_LINGER_NS);
+    pool_end(pool, claims, fds, COUNT, CONNECTION_LINGER_NS);
+    for (int i = 0; i < COUNT; i++)
+        pool_empty(pool, &claims[i], SHM_T_closed_idle);
     CHECK_EQ(play_count(pool, SLOT_EMPTY), COUNT);
     CHECK_EQ(play_total(pool, SHM_T_closed_idle), COUNT);
     end();

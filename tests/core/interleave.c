@@ -1,0 +1,850 @@
+/* interleave.c: every order of steps, within bounds, of a few workers over the real core.
+ *
+ * Each worker is a fiber on a stack of its own. At each shared step the core calls shmpool_hook(), and there a choice is made: go on,
+ * let another go on (a preemption), let a sleeper's slice end (a timeout), die here, or stop here for ever. A run is the list of
+ * its choices; the next run is the same list with the last choice that can be raised, raised: a depth-first walk over all runs
+ * within the bounds, repeated with wider bounds until the time is up, and then a random walk. After each run: no slot had two
+ * holders, none is lost, nobody slept beside a free slot (unless somebody died or stopped), and old leases fit nowhere.
+ *
+ *   interleave [SCENARIO|all] [seconds for each] [seed]     walk
+ *   interleave SCENARIO replay 3,0,1,0/0,0,2,1,...          one run, told step by step: its bounds, its choices
+ *
+ * Stand-ins, by macros given to the compiler: the futex system call, the clock, usleep() and sched_yield() everywhere; seats and byte locks
+ * in worker.c. Everything else is the core as it is shipped.
+ */
+#include <linux/futex.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+
+#include "play.h"
+
+enum { FIBERS = 4, STACK = 128 * 1024, DEPTH = 4000, STEPS = 20000, SLOTS = 3, BYTES = 16, ROUNDS = 12 };
+
+enum fiber_state { READY, ASLEEP, FINISHED, DEAD, STOPPED };
+struct fiber {
+    ucontext_t context;
+    jmp_buf at;
+    char *stack;
+    void (*body)(void);
+    struct pool *pool;
+    enum fiber_state state;
+    bool begun, timed_out, has;
+    a32_shm *futex;
+    struct pool_claim claim; /* what it holds, when `has` */
+};
+
+struct bounds {
+    unsigned preemptions, timeouts, kills, stops;
+};
+
+struct scenario {
+    const char *name;
+    uint32_t slots, workers;
+    unsigned fibers;
+    uint64_t clock_step; /* how far each look at the clock moves it: 0: waiters wait briefly; else slots are handed over */
+    void (*prepare)(void);
+    void (*bodies[FIBERS])(void);
+    void (*after)(void);
+    bool closes;
+};
+
+static const struct scenario *scenario;
+static struct fiber fibers[FIBERS], *current;
+static struct pool *checker; /* takes no part in the run; looks at what is left */
+static jmp_buf back;
+static bool running, tracing, walking_randomly;
+static struct check_random draws;
+
+static struct bounds bounds, used;
+static uint16_t taken[DEPTH], width[DEPTH];
+static unsigned depth, planned, steps, rounds;
+static uint64_t now_ns, runs;
+static int lock_of[BYTES]; /* the seat that holds each byte, 0: nobody */
+static int next_seat;
+static int holder[SLOTS]; /* fiber + 1 */
+static struct pool_claim old[32];
+static unsigned old_count;
+
+/* ---- failing ---- */
+
+static void tell_choices(void)
+{
+    unsigned end = depth;
+    while (end && !taken[end - 1])
+        end--;
+    fprintf(stderr, "interleave: scenario %s fails after %" PRIu64 " runs (preemptions %u, timeouts %u, kills %u, stops %u)\n", scenario->name,
+            runs, used.preemptions, used.timeouts, used.kills, used.stops);
+    fprintf(stderr, "replay: interleave %s replay %u,%u,%u,%u/", scenario->name, bounds.preemptions, bounds.timeouts, bounds.kills, bounds.stops);
+    for (unsigned i = 0; i < end; i++)
+        fprintf(stderr, "%s%u", i ? "," : "", taken[i]);
+    fprintf(stderr, "%s\n", end ? "" : "0");
+    for (uint32_t slot = 0; slot < scenario->slots; slot++)
+        fprintf(stderr, "slot %u: %s of worker %u\n", slot, slot_state_name(play_state(checker, slot)), slot_owner(play_word(checker, slot)));
+    fflush(stderr);
+}
+
+static void on_signal(int number)
+{
+    fprintf(stderr, "signal %d\n", number);
+    tell_choices();
+    _exit(1);
+}
+
+/* ---- the scheduler ---- */
+
+static unsigned choose(unsigned options)
+{
+    if (options < 2)
+        return 0;
+    CHECK(depth < DEPTH);
+    unsigned choice = 0;
+    if (depth < planned)
+        choice = taken[depth];
+    else if (walking_randomly && (current->state != READY || check_random(&draws) % 6 == 0))
+        choice = (unsigned)(check_random(&draws) % options);
+    if (choice >= options) {
+        fprintf(stderr, "interleave: choice %u of %u: the list is not of this build\n", choice, options);
+        _exit(2);
+    }
+    taken[depth] = (uint16_t)choice;
+    width[depth++] = (uint16_t)options;
+    return choice;
+}
+
+static void resume(struct fiber *next)
+{
+    current = next;
+    if (next->begun)
+        _longjmp(next->at, 1);
+    next->begun = true;
+    setcontext(&next->context);
+}
+
+static void switch_to(struct fiber *next)
+{
+    if (next == current)
+        return;
+    if (!_setjmp(current->at))
+        resume(next);
+}
+
+static void drop_locks(const struct fiber *fiber)
+{
+    for (int byte = 0; byte < BYTES; byte++)
+        if (lock_of[byte] && lock_of[byte] == atomic_load(&fiber->pool->seat->fd))
+            lock_of[byte] = 0;
+}
+
+static void time_out(struct fiber *fiber)
+{
+    fiber->timed_out = true;
+    fiber->state = READY;
+    now_ns += WAITER_SLICE_NS;
+}
+
+/* Is there anything a waiter could have? */
+static bool free_in_reach(void)
+{
+    for (uint32_t slot = 0; slot < scenario->slots; slot++) {
+        enum slot_state state = play_state(checker, slot);
+        if (state == SLOT_IDLE || state == SLOT_EMPTY || state == SLOT_OFFERED)
+            return true;
+    }
+    return false;
+}
+
+/* Nobody can run. Sleepers: with nobody dead or stopped they should not be there; else their slices end. */
+static bool end_slices(void)
+{
+    unsigned asleep = 0;
+    for (unsigned i = 0; i < scenario->fibers; i++)
+        asleep += fibers[i].state == ASLEEP;
+    if (!asleep)
+        return false;
+    if (!used.kills && !used.stops) {
+        fprintf(stderr, "interleave: %u asleep for ever%s\n", asleep, free_in_reach() ? ", beside a free slot" : "");
+        tell_choices();
+        _exit(1);
+    }
+    if (++rounds > ROUNDS) {
+        if (free_in_reach()) {
+            fprintf(stderr, "interleave: %u cannot have the slot that is free\n", asleep);
+            tell_choices();
+            _exit(1);
+        }
+        return false; /* a stopped one holds what they wait for */
+    }
+    for (unsigned i = 0; i < scenario->fibers; i++)
+        if (fibers[i].state == ASLEEP)
+            time_out(&fibers[i]);
+    return true;
+}
+
+/* The current fiber cannot go on: somebody else does, or the run is over. */
+static void yield_for_good(void)
+{
+    struct fiber *able[FIBERS];
+    unsigned count;
+    do {
+        count = 0;
+        for (unsigned i = 0; i < scenario->fibers; i++)
+            if (fibers[i].state == READY)
+                able[count++] = &fibers[i];
+    } while (!count && end_slices());
+    if (!count)
+        _longjmp(back, 1);
+    struct fiber *next = able[choose(count)];
+    if (tracing)
+        printf("  -> %d\n", (int)(next - fibers));
+    switch_to(next);
+}
+
+enum move { GO_ON, SWITCH, TIMEOUT, KILL, STOP };
+
+static void step(const char *tag)
+{
+    struct {
+        enum move move;
+        struct fiber *fiber;
+    } moves[2 * FIBERS + 3] = {{GO_ON, current}};
+    unsigned count = 1;
+    CHECK(++steps < STEPS);
+    for (unsigned i = 0; i < scenario->fibers && used.preemptions < bounds.preemptions; i++) {
+        if (&fibers[i] != current && fibers[i].state == READY)
+            moves[count].move = SWITCH, moves[count++].fiber = &fibers[i];
+        if (fibers[i].state == ASLEEP && used.timeouts < bounds.timeouts)
+            moves[count].move = TIMEOUT, moves[count++].fiber = &fibers[i];
+    }
+    if (used.kills < bounds.kills)
+        moves[count++].move = KILL;
+    if (used.stops < bounds.stops)
+        moves[count++].move = STOP;
+    unsigned choice = choose(count);
+    if (tracing)
+        printf("fiber %d: %-9s%s\n", (int)(current - fibers), tag,
+               (const char *[]){"", " preempted", " preempted, another's slice ends", " dies here", " stops here"}[moves[choice].move]);
+    switch (moves[choice].move) {
+    case GO_ON:
+        return;
+    case TIMEOUT:
+        used.timeouts++;
+        time_out(moves[choice].fiber);
+        /* fall through */
+    case SWITCH:
+        used.preemptions++;
+        switch_to(moves[choice].fiber);
+        return;
+    case KILL:
+        used.kills++;
+        current->state = DEAD;
+        drop_locks(current);
+        break;
+    case STOP:
+        used.stops++;
+        current->state = STOPPED;
+    }
+    yield_for_good();
+}
+
+/* Steps on private words, counters and rows are of no weight to the others; "lock" and "use" are ours. */
+void shmpool_hook(const char *tag)
+{
+    if (running && (strchr("sqofwlu", tag[0]) && strcmp(tag, "freelist")))
+        step(tag);
+}
+
+/* ---- stand-ins ---- */
+
+long stand_in_syscall(long number, ...);
+int stand_in_clock_gettime(clockid_t clock, struct timespec *time);
+int stand_in_usleep(useconds_t us);
+int stand_in_sched_yield(void);
+
+long stand_in_syscall(long number, ...)
+{
+    va_list list;
+    va_start(list, number);
+    a32_shm *futex = va_arg(list, a32_shm *);
+    int operation = va_arg(list, int);
+    va_end(list);
+    CHECK_EQ(number, SYS_futex);
+    if (!running)
+        return 0;
+    if (operation == FUTEX_WAIT) {
+        CHECK(atomic_load(&futex[0]) <= 1);
+        if (atomic_load(futex))
+            return -1;
+        current->state = ASLEEP;
+        current->futex = futex;
+        current->timed_out = false;
+        yield_for_good();
+        return current->timed_out ? -1 : 0;
+    }
+    CHECK_EQ(operation, FUTEX_WAKE);
+    for (unsigned i = 0; i < scenario->fibers; i++)
+        if (fibers[i].state == ASLEEP && fibers[i].futex == futex)
+            fibers[i].state = READY;
+    return 0;
+}
+
+int stand_in_clock_gettime(clockid_t clock, struct timespec *time)
+{
+    if (running && clock == CLOCK_MONOTONIC)
+        now_ns += scenario->clock_step;
+    *time = (struct timespec){(time_t)(now_ns / 1000000000), (long)(now_ns % 1000000000)};
+    return 0;
+}
+
+int stand_in_sched_yield(void)
+{
+    if (!running)
+        return 0;
+    CHECK(++steps < STEPS);
+    for (unsigned i = 1; i < scenario->fibers; i++) {
+        struct fiber *next = &fibers[(current - fibers + i) % scenario->fibers];
+        if (next->state == READY) {
+            switch_to(next);
+            break;
+        }
+    }
+    return 0;
+}
+
+int stand_in_usleep(useconds_t us)
+{
+    now_ns += us * UINT64_C(1000);
+    return stand_in_sched_yield();
+}
+
+/* Seats are numbers, byte locks a table: closed by death at once. */
+int seat_open(struct seat *seat, int slab_fd)
+{
+    (void)slab_fd;
+    atomic_store(&seat->fd, ++next_seat);
+    return 0;
+}
+
+void seat_close(struct seat *seat)
+{
+    int fd = atomic_exchange(&seat->fd, -1);
+    for (int byte = 0; byte < BYTES; byte++)
+        if (fd > 0 && lock_of[byte] == fd)
+            lock_of[byte] = 0;
+}
+
+bool byte_lock(int fd, int64_t byte)
+{
+    shmpool_hook("lock");
+    CHECK(byte < BYTES);
+    if (fd <= 0 || (lock_of[byte] && lock_of[byte] != fd))
+        return false;
+    lock_of[byte] = fd;
+    return true;
+}
+
+void byte_unlock(int fd, int64_t byte)
+{
+    shmpool_hook("lock");
+    CHECK_EQ(lock_of[byte], fd);
+    lock_of[byte] = 0;
+}
+
+bool byte_is_locked(int fd, int64_t byte)
+{
+    shmpool_hook("lock");
+    return lock_of[byte] && lock_of[byte] != fd;
+}
+
+bool family_join(int fd)
+{
+    (void)fd;
+    return true;
+}
+
+/* ---- one run ---- */
+
+struct saved {
+    struct pool pool;
+    struct entry entries[SLOTS];
+    uint32_t phase;
+    int seat;
+};
+static struct saved saved[FIBERS + 1];
+static uint8_t *saved_slab;
+static int saved_locks[BYTES], saved_holder[SLOTS];
+static struct fiber saved_fibers[FIBERS];
+
+static void entry_point(void)
+{
+    current->body();
+    current->state = FINISHED;
+    yield_for_good();
+}
+
+static struct pool *player(unsigned i) { return i < FIBERS ? fibers[i].pool : checker; }
+
+/* The parts of the slab that a run changes: all but the texts and the histograms. */
+static void copy_slab(uint8_t *to, const uint8_t *from)
+{
+    const struct slab_layout *layout = &checker->slab.layout;
+    size_t summary = offsetof(struct header_shm, summary);
+    memcpy(to + summary, from + summary, SHM_HEADER_BYTES - summary);
+    memcpy(to + layout->totals_offset, from + layout->totals_offset, 256);
+    for (uint32_t i = 0; i < layout->max_workers; i++) {
+        size_t row = layout->workers_offset + i * sizeof(struct worker_shm);
+        memcpy(to + row, from + row, offsetof(struct worker_shm, get));
+    }
+    memcpy(to + layout->words_offset, from + layout->words_offset, layout->total_size - layout->words_offset);
+}
+
+static void save(void)
+{
+    for (unsigned i = 0; i <= FIBERS; i++) {
+        struct pool *pool = player(i);
+        memcpy(&saved[i].pool, pool, sizeof *pool);
+        memcpy(saved[i].entries, pool->entries, scenario->slots * sizeof *pool->entries);
+        saved[i].phase = atomic_load(&pool->fork->phase);
+        saved[i].seat = atomic_load(&pool->seat->fd);
+    }
+    saved_slab = malloc(checker->slab.layout.total_size);
+    CHECK(saved_slab);
+    copy_slab(saved_slab, (uint8_t *)checker->slab.header);
+    memcpy(saved_locks, lock_of, sizeof lock_of);
+    memcpy(saved_holder, holder, sizeof holder);
+    for (unsigned i = 0; i < FIBERS; i++) {
+        saved_fibers[i].has = fibers[i].has;
+        saved_fibers[i].claim = fibers[i].claim;
+    }
+}
+
+static void restore(void)
+{
+    for (unsigned i = 0; i <= FIBERS; i++) {
+        struct pool *pool = player(i);
+        memcpy(pool, &saved[i].pool, sizeof *pool);
+        memcpy(pool->entries, saved[i].entries, scenario->slots * sizeof *pool->entries);
+        atomic_store(&pool->fork->phase, saved[i].phase);
+        atomic_store(&pool->seat->fd, saved[i].seat);
+    }
+    copy_slab((uint8_t *)checker->slab.header, saved_slab);
+    memcpy(lock_of, saved_locks, sizeof lock_of);
+    memcpy(holder, saved_holder, sizeof holder);
+    now_ns = 1000 * PLAY_MS;
+    atomic_store(&checker->slab.header->recovery_checked_ns, now_ns);
+    depth = steps = rounds = old_count = 0;
+    used = (struct bounds){0};
+    for (unsigned i = 0; i < scenario->fibers; i++) {
+        struct fiber *fiber = &fibers[i];
+        fiber->state = READY;
+        fiber->begun = false;
+        fiber->has = saved_fibers[i].has;
+        fiber->claim = saved_fibers[i].claim;
+        fiber->body = scenario->bodies[i];
+        fiber->context.uc_stack.ss_sp = fiber->stack;
+        fiber->context.uc_stack.ss_size = STACK;
+        fiber->context.uc_link = NULL;
+        makecontext(&fiber->context, entry_point, 0);
+    }
+}
+
+/* Everybody who lives gives back what he holds; then nothing may be missing. */
+static void look_at_the_end(void)
+{
+    unsigned gone = 0;
+    if (scenario->after)
+        scenario->after();
+    for (unsigned i = 0; i < scenario->fibers; i++) {
+        struct fiber *fiber = &fibers[i];
+        if (fiber->state != FINISHED) {
+            drop_locks(fiber);
+            gone++;
+        } else if (fiber->has) {
+            holder[fiber->claim.slot] = 0;
+            CHECK_EQ(play_release(fiber->pool, &fiber->claim), RELEASED);
+        }
+    }
+    now_ns += 1000 * PLAY_MS;
+    recovery_run(checker, true);
+    for (unsigned i = 0; i < old_count; i++)
+        CHECK_EQ(pool_release(checker, &old[i], now_ns), RELEASE_STALE);
+    play_check_queue_empty(checker);
+    if (!scenario->closes)
+        play_lease_all(checker);
+    else if (!gone)
+        CHECK_EQ(play_count(checker, SLOT_EMPTY), scenario->slots);
+    for (uint32_t index = 0; index < scenario->workers; index++) /* an index that nobody holds is free for all */
+        CHECK(lock_of[index] || atomic_load(&checker->slab.workers[index].state) == SHM_WORKER_FREE);
+}
+
+static void start(void)
+{
+    struct fiber nobody = {.state = FINISHED};
+    current = &nobody;
+    yield_for_good();
+}
+
+static void run(void)
+{
+    restore();
+    running = true;
+    if (!_setjmp(back))
+        start();
+    running = false;
+    look_at_the_end();
+    runs++;
+}
+
+/* The next list of choices; false when all are done. */
+static bool next_plan(void)
+{
+    while (depth && taken[depth - 1] + 1 >= width[depth - 1])
+        depth--;
+    if (!depth)
+        return false;
+    taken[depth - 1]++;
+    planned = depth;
+    return true;
+}
+
+static uint64_t real_ns(void)
+{
+    struct timespec time;
+    timespec_get(&time, TIME_UTC);
+    return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
+/* ---- what the workers do ---- */
+
+static void hold(const struct pool_claim *claim)
+{
+    int *mine = &holder[claim->slot];
+    CHECK(!*mine || fibers[*mine - 1].state == DEAD);
+    *mine = (int)(current - fibers) + 1;
+    current->has = true;
+    current->claim = *claim;
+    shmpool_hook("use");
+    CHECK_EQ(*mine, current - fibers + 1);
+}
+
+static enum play_got get(uint64_t timeout_ns)
+{
+    struct pool_claim claim;
+    enum play_got got = play_get_any(current->pool, PLAY_ANY, timeout_ns, &claim);
+    if (got == PLAY_GOT)
+        hold(&claim);
+    return got;
+}
+
+static void give(void)
+{
+    struct pool_claim claim = current->claim;
+    CHECK_EQ(holder[claim.slot], current - fibers + 1);
+    holder[claim.slot] = 0;
+    current->has = false;
+    CHECK(old_count < 32);
+    old[old_count++] = claim;
+    enum pool_released released = play_release(current->pool, &claim);
+    CHECK(released == RELEASED || (scenario->closes && released == RELEASE_RETIRE));
+}
+
+static void body_lease(void)
+{
+    CHECK_EQ(get(PLAY_NEVER), PLAY_GOT);
+    give();
+}
+static void body_lease_twice(void)
+{
+    body_lease();
+    body_lease();
+}
+static void body_get(void) { CHECK_EQ(get(PLAY_NEVER), PLAY_GOT); }
+static void body_get_briefly(void)
+{
+    if (get(WAITER_SLICE_NS) == PLAY_GOT)
+        give();
+}
+static void body_give(void) { give(); }
+static void body_give_and_lease(void)
+{
+    give();
+    body_lease();
+}
+static void body_recover(void) { recovery_run(current->pool, true); }
+static void body_recover_and_get(void)
+{
+    recovery_run(current->pool, true);
+    body_get();
+}
+static void body_newcomer(void)
+{
+    if (pool_join(current->pool) != POOL_OK)
+        return; /* the place it could have was being swept */
+    body_lease();
+}
+static void body_leave(void)
+{
+    body_lease();
+    pool_leave(current->pool);
+}
+static void body_discard(void)
+{
+    CHECK_EQ(get(PLAY_NEVER), PLAY_GOT);
+    holder[current->claim.slot] = 0;
+    current->has = false;
+    old[old_count++] = current->claim;
+    struct pool_claim claim = current->claim;
+    CHECK(pool_condemn(current->pool, &claim));
+    play_retire(current->pool, &claim, SHM_T_closed_error);
+}
+static void body_close(void)
+{
+    struct pool_claim claim;
+    pool_shut(current->pool);
+    while (pool_take_idle(current->pool, 0, &claim))
+        play_retire(current->pool, &claim, SHM_T_closed_shutdown);
+}
+static void body_get_unless_closed(void)
+{
+    enum play_got got = get(PLAY_NEVER);
+    CHECK(got == PLAY_GOT || got == PLAY_CLOSED);
+    if (got == PLAY_GOT)
+        give();
+}
+
+/* ---- how it begins ---- */
+
+static void fill(void)
+{
+    struct pool_claim claims[SLOTS];
+    for (uint32_t i = 0; i < scenario->slots; i++)
+        claims[i] = play_lease(checker);
+    for (uint32_t i = 0; i < scenario->slots; i++)
+        CHECK_EQ(play_release(checker, &claims[i]), RELEASED);
+    local_cache_clear(&checker->cache);
+}
+
+static void holds(unsigned fiber)
+{
+    fibers[fiber].claim = play_lease(fibers[fiber].pool);
+    fibers[fiber].has = true;
+    holder[fibers[fiber].claim.slot] = (int)fiber + 1;
+}
+
+static void nothing_open(void) {}
+static void all_idle(void) { fill(); }
+static void first_holds(void)
+{
+    fill();
+    holds(0);
+}
+static void first_two_hold(void)
+{
+    first_holds();
+    holds(1);
+}
+/* The summary says that somebody waits, and nobody does. */
+static void stale_summary(void)
+{
+    first_holds();
+    atomic_store(&checker->slab.header->summary, 1);
+}
+
+/* A worker that is no fiber of the run leased everything, and is dead. */
+static void dead_holder(void)
+{
+    fill();
+    struct pool *dead = play_attach(checker);
+    dead->slab = checker->slab;
+    CHECK_EQ(pool_join(dead), POOL_OK);
+    for (uint32_t i = 0; i < scenario->slots; i++)
+        play_lease(dead);
+    seat_close(dead->seat);
+    for (unsigned i = 0; i < FIBERS; i++)
+        if (fibers[i].body == body_newcomer)
+            pool_leave(fibers[i].pool);
+}
+
+/* The same, and it had a place in the queue to which the other slot was offered. */
+static void dead_waiter(void)
+{
+    struct waiter_place place = {0};
+    fill();
+    struct pool *dead = play_attach(checker);
+    dead->slab = checker->slab;
+    CHECK_EQ(pool_join(dead), POOL_OK);
+    play_lease(dead);
+    struct pool_claim claim = play_lease(checker);
+    CHECK(waiter_enter(&dead->slab, &place, dead->worker, PLAY_ANY, 1, 1));
+    now_ns += 1000 * PLAY_MS;
+    CHECK_EQ(play_release(checker, &claim), RELEASED);
+    CHECK_EQ(play_state(checker, claim.slot), SLOT_OFFERED);
+    seat_close(dead->seat);
+}
+
+/* Two threads of one process hold one lease between them: both give it back. */
+static unsigned twins_released;
+static void twins(void)
+{
+    first_holds();
+    fibers[1].pool = fibers[0].pool;
+    fibers[1].claim = fibers[0].claim;
+}
+static void body_twin(void)
+{
+    struct pool_claim claim = current->claim;
+    if (current == fibers)
+        twins_released = 0;
+    holder[claim.slot] = 0;
+    current->has = false;
+    enum pool_released released = play_release(current->pool, &claim);
+    twins_released += released == RELEASED;
+    CHECK(released != RELEASE_RETIRE);
+}
+static void one_twin_released(void)
+{
+    if (fibers[0].state == FINISHED && fibers[1].state == FINISHED)
+        CHECK_EQ(twins_released, 1);
+}
+
+/* A connection that only the checker could use; the others may have its permit. */
+static void private_idle(void)
+{
+    struct pool_claim claim;
+    CHECK(pool_take_empty(checker, &claim));
+    CHECK(play_install_as(checker, &claim, (struct pool_birth){.flags = SHM_KIND_PRIVATE, .expires_ns = PLAY_NEVER}, NULL));
+    CHECK_EQ(play_release(checker, &claim), RELEASED);
+}
+
+#define HANDOVER (WAITER_HANDOVER_AFTER_NS + 1)
+static const struct scenario scenarios[] = {
+    {"lease", 1, 4, 2, 0, all_idle, {body_lease_twice, body_lease_twice}, NULL, false},
+    {"lease-handover", 1, 4, 2, HANDOVER, all_idle, {body_lease_twice, body_lease_twice}, NULL, false},
+    {"lease-three", 2, 5, 3, 0, all_idle, {body_lease, body_lease, body_lease}, NULL, false},
+    {"dial", 1, 4, 2, 0, nothing_open, {body_lease, body_lease}, NULL, false},
+    {"discard", 1, 4, 3, HANDOVER, all_idle, {body_discard, body_lease, body_lease}, NULL, false},
+    {"wait", 1, 4, 2, 0, first_holds, {body_give, body_get}, NULL, false},
+    {"wait-handover", 1, 4, 2, HANDOVER, first_holds, {body_give, body_get}, NULL, false},
+    {"wait-barging", 1, 4, 2, 0, first_holds, {body_give_and_lease, body_lease}, NULL, false},
+    {"two-waiters", 2, 5, 4, 0, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false},
+    {"two-waiters-handover", 2, 5, 4, HANDOVER, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false},
+    {"summary", 1, 4, 2, 0, stale_summary, {body_give, body_get}, NULL, false},
+    {"offer-or-leave", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_briefly, body_get}, NULL, false},
+    {"twins", 1, 5, 3, HANDOVER, twins, {body_twin, body_twin, body_get}, one_twin_released, false},
+    {"evict", 1, 4, 2, 0, private_idle, {body_lease, body_lease}, NULL, false},
+    {"close", 2, 5, 3, HANDOVER, first_two_hold, {body_give, body_give, body_close}, NULL, true},
+    {"close-waiting", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_unless_closed, body_close}, NULL, true},
+    {"leave", 1, 4, 2, HANDOVER, all_idle, {body_leave, body_lease}, NULL, false},
+    {"recover", 1, 5, 2, 0, dead_holder, {body_recover, body_recover_and_get}, NULL, false},
+    {"recover-waiter", 2, 5, 3, HANDOVER, dead_waiter, {body_recover, body_recover_and_get, body_lease}, NULL, false},
+    {"newcomer", 1, 3, 2, 0, dead_holder, {body_recover_and_get, body_newcomer}, NULL, false},
+};
+
+static void begin(const struct scenario *which)
+{
+    scenario = which;
+    play_bare = true;
+    now_ns = 1000 * PLAY_MS;
+    memset(lock_of, 0, sizeof lock_of);
+    memset(holder, 0, sizeof holder);
+    memset(fibers, 0, sizeof fibers);
+    checker = play_found(which->slots, which->workers + 1, 4, 1);
+    for (uint32_t i = 0; i < which->slots; i++) {
+        close(checker->mailboxes[i]);
+        checker->mailboxes[i] = -1;
+    }
+    for (unsigned i = 0; i < FIBERS; i++) {
+        struct fiber *fiber = &fibers[i];
+        fiber->pool = play_attach(checker);
+        fiber->pool->slab = checker->slab; /* one mapping: a futex has one address */
+        fiber->body = which->bodies[i];
+        fiber->stack = malloc(STACK);
+        CHECK(fiber->stack && getcontext(&fiber->context) == 0);
+        if (i < which->fibers)
+            CHECK_EQ(pool_join(fiber->pool), POOL_OK);
+    }
+    which->prepare();
+    save();
+}
+
+/* All runs within these bounds, until `deadline`; false when it came first. */
+static bool walk(struct bounds within, uint64_t deadline)
+{
+    bounds = within;
+    planned = 0;
+    do {
+        run();
+        if (runs % 64 == 0 && real_ns() > deadline)
+            return false;
+    } while (next_plan());
+    return true;
+}
+
+static void explore(const struct scenario *which, double seconds)
+{
+    static const struct bounds ladder[] = {{0, 0, 0, 0}, {1, 0, 0, 0}, {1, 1, 0, 0}, {1, 0, 1, 0}, {1, 0, 0, 1}, {2, 0, 0, 0}, {2, 1, 0, 0},
+                                           {2, 0, 1, 0}, {2, 0, 0, 1}, {1, 0, 2, 0}, {3, 0, 0, 0}, {3, 1, 0, 0}, {2, 1, 1, 0}, {3, 0, 1, 0},
+                                           {3, 2, 0, 0}, {2, 0, 2, 0}, {3, 1, 1, 1}, {3, 0, 2, 0}, {3, 2, 2, 1}};
+    uint64_t begun = real_ns(), end = begun + (uint64_t)(seconds * 1e9);
+    unsigned level = 0, levels = sizeof ladder / sizeof *ladder;
+    begin(which);
+    runs = 0;
+    walking_randomly = false;
+    while (level < levels && walk(ladder[level], begun + (end - begun) * 3 / 4))
+        level++;
+    uint64_t whole = runs;
+    walking_randomly = level < levels;
+    for (bounds = (struct bounds){3, 2, 2, 1}; walking_randomly && real_ns() < end;) {
+        planned = 0;
+        bounds.kills = runs % 3; /* a third of the runs without any death: there nobody may rely on slices */
+        bounds.stops = runs % 3 == 1;
+        run();
+    }
+    printf("%-22s %8" PRIu64 " runs in order, %u of %u bounds whole, %8" PRIu64 " at random, %.2f s\n", which->name, whole, level, levels,
+           runs - whole, (double)(real_ns() - begun) / 1e9);
+    fflush(stdout);
+}
+
+static void replay(const struct scenario *which, const char *list)
+{
+    begin(which);
+    CHECK_EQ(sscanf(list, "%u,%u,%u,%u", &bounds.preemptions, &bounds.timeouts, &bounds.kills, &bounds.stops), 4);
+    CHECK(list = strchr(list, '/'));
+    list++;
+    tracing = true;
+    planned = 0;
+    for (char *end; *list; list = *end ? end + 1 : end) {
+        CHECK(planned < DEPTH);
+        taken[planned++] = (uint16_t)strtoul(list, &end, 10);
+        CHECK(end != list);
+    }
+    run();
+    printf("the run is good\n");
+}
+
+int main(int argc, char **argv)
+{
+    const char *wanted = argc > 1 ? argv[1] : "all";
+    static char alternate[65536];
+    stack_t stack = {.ss_sp = alternate, .ss_size = sizeof alternate};
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_ONSTACK};
+    CHECK(sigaltstack(&stack, NULL) == 0);
+    for (size_t i = 0; i < 4; i++)
+        sigaction((int[]){SIGABRT, SIGILL, SIGSEGV, SIGTRAP}[i], &action, NULL);
+    bool replays = argc > 3 && !strcmp(argv[2], "replay");
+    if (!replays)
+        draws = check_seed(argc > 3 ? argv[3] : NULL);
+    bool any = false;
+    for (size_t i = 0; i < sizeof scenarios / sizeof *scenarios; i++) {
+        if (strcmp(wanted, "all") && strcmp(wanted, scenarios[i].name))
+            continue;
+        any = true;
+        if (replays)
+            replay(&scenarios[i], argv[3]);
+        else
+            explore(&scenarios[i], argc > 2 ? atof(argv[2]) : 0.5);
+    }
+    CHECK(any);
+}
