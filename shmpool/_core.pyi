@@ -1,10 +1,9 @@
 """Types of the C core (shmpool/core/module.c). tests/test_exports.py compares this list with the extension."""
 
+import socket as _socket
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, final
-
-import socket as _socket
 
 from .config import IPVersion, Protocol
 
@@ -95,7 +94,10 @@ class PoolBase:
     """The C half of `shmpool.Pool`."""
 
     def get(
-        self, timeout: float | None = None, protocol: Protocol | str | None = None, ip_version: IPVersion | int | None = None
+        self,
+        timeout: float | None = None,
+        protocol: Protocol | str | None = None,
+        ip_version: IPVersion | int | None = None,
     ) -> PooledConnection:
         """Lease a connection, waiting up to `timeout` seconds (None: the pool's `get_timeout`).
 

@@ -153,7 +153,7 @@ def _open(
         _connect(sock, protocol, address, timeout)
         sock.settimeout(config.socket_timeout)
     except BaseException:
-        # A child forked meanwhile has a copy, which would go on connecting: this acts on the connection, whoever has it.
+        # A child forked meanwhile has a copy that would go on connecting: this acts on the connection, whoever has it.
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         sock.close()

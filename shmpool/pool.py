@@ -149,7 +149,14 @@ class Pool(_core.PoolBase):
                 config.stats,
             )
             self._create(
-                fd, capacities, identity, options, config.get_timeout, self._whole_mask(), config.on_borrow, config.on_return
+                fd,
+                capacities,
+                identity,
+                options,
+                config.get_timeout,
+                self._whole_mask(),
+                config.on_borrow,
+                config.on_return,
             )
         except BaseException:
             os.unlink(path)
@@ -272,7 +279,9 @@ class Pool(_core.PoolBase):
 
     def _wrap(self, fd: int, bucket: int) -> tuple[PooledSocket, bytearray]:
         """This process's socket for a descriptor from a mailbox. The descriptor is closed if this raises."""
-        sock = PooledSocket.__new__(PooledSocket)  # exists before it owns the descriptor: one of the two is closed, not both
+        sock = PooledSocket.__new__(
+            PooledSocket
+        )  # exists before it owns the descriptor: one of the two is closed, not both
         try:
             sock.__init__(*_SOCKET_KINDS[bucket], fileno=fd)  # type: ignore[misc]
             self._restore(sock)
@@ -313,12 +322,20 @@ class Pool(_core.PoolBase):
         counts = self._counts()
         if kind == "timeout":
             protocol, version = (None, None) if mask == self._whole_mask() else self._wanted(mask)
-            wanted = {"protocol": protocol and protocol.value, "ip_version": version and int(version)}
-            return PoolTimeout(waited=waited, timeout=timeout, counts=counts, **wanted)
+            return PoolTimeout(
+                waited=waited,
+                timeout=timeout,
+                counts=counts,
+                protocol=None if protocol is None else protocol.value,
+                ip_version=None if version is None else int(version),
+            )
         limits = {
             "exhausted": ("all connections are in use", self._config.max_connections),
             "waiters": ("the waiter limit is reached", self._config.max_waiters),
-            "workers": ("the worker limit is reached: each process that uses the pool counts", self._config.max_workers),
+            "workers": (
+                "the worker limit is reached: each process that uses the pool counts",
+                self._config.max_workers,
+            ),
         }
         reason, limit = limits[kind]
         return PoolExhausted(reason=reason, counts=counts, limit=limit)
@@ -426,7 +443,7 @@ def _is_private(sock: socket.socket) -> bool:
 
 
 def _take_over(sock: socket.socket) -> PooledSocket:
-    """A PooledSocket in place of a dialled socket. At every instant exactly one of the two will close the descriptor."""
+    """A PooledSocket in place of a dialled socket. Whatever interrupts this, one of the two will close the descriptor."""
     ours = PooledSocket.__new__(PooledSocket)
     try:
         ours.__init__(fileno=sock.fileno())  # type: ignore[misc]
@@ -462,8 +479,8 @@ def _kind_of(sock: socket.socket) -> tuple[int, bytes]:
         return BUCKETS.index((Protocol.UNIX, None)), bytes(24)
     kind = (_PROTOCOLS.get(sock.type), _FAMILIES.get(sock.family))
     if kind not in BUCKETS:
-        error = ValueError(f"dial must return a TCP, UDP or unix socket, not {sock.family!r} {sock.type!r}")
-        raise DialError(target="dial") from error
+        unfit = ValueError(f"dial must return a TCP, UDP or unix socket, not {sock.family!r} {sock.type!r}")
+        raise DialError(target="dial") from unfit
     host, port = peer[:2]
     packed = socket.inet_pton(sock.family, host.partition("%")[0])
     return BUCKETS.index(kind), packed.ljust(16, b"\0") + struct.pack("!H6x", port)
@@ -487,9 +504,9 @@ def _reserve_descriptors(connections: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         remedy = (
-            f"each process needs {needed} descriptors (two a connection, {in_use} are open, {_SPARE_DESCRIPTORS} spare), but "
-            f"the hard limit is {hard}; lower max_connections to {max(0, (hard - in_use - _SPARE_DESCRIPTORS) // 2)} or raise "
-            "the limit (ulimit -Hn, LimitNOFILE=)"
+            f"each process needs {needed} descriptors (two a connection, {in_use} are open, {_SPARE_DESCRIPTORS} spare), "
+            f"but the hard limit is {hard}; lower max_connections to "
+            f"{max(0, (hard - in_use - _SPARE_DESCRIPTORS) // 2)} or raise the limit (ulimit -Hn, LimitNOFILE=)"
         )
         raise InvalidConfig(field="max_connections", value=connections, remedy=remedy)
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
