@@ -107,8 +107,8 @@ class PoolBase:
 
         Raises PoolTimeout, PoolClosed, DialError (the server cannot be reached; the permit is free again),
         PoolExhausted (more than `max_waiters` wait, or more than `max_workers` processes take part),
-        NoConnectionForProtocol, NoConnectionForIPVersion, or what a signal handler raised meanwhile. Threads may call it
-        at once; the interpreter's lock is released while waiting and dialling. It works in forked children as it is.
+        NoConnectionForProtocol, NoConnectionForIPVersion, or what a signal handler raised meanwhile. Threads may call
+        it at once; the interpreter's lock is released while waiting and dialling. It works in forked children as it is.
         """
 
     def try_get(

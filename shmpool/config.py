@@ -261,7 +261,7 @@ class PoolConfig:
     # The name that other processes find the pool by; None takes a random one.
     name: str | None = _setting(None, _optional(_name, "for a random one"))
 
-    # How many: the cap over all processes, and how many `maintain()` keeps open (None: 2, or fewer under a smaller cap).
+    # How many: the cap over all processes, and how many `maintain()` keeps open (None: 2, or 1 under a cap of 1).
     max_connections: int = _setting(10, _whole(1, 100_000))
     min_connections: int | None = _setting(None, _optional(_whole(0, 100_000), "for the default"))
 

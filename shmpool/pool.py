@@ -443,7 +443,7 @@ def _is_private(sock: socket.socket) -> bool:
 
 
 def _take_over(sock: socket.socket) -> PooledSocket:
-    """A PooledSocket in place of a dialled socket. Whatever interrupts this, one of the two will close the descriptor."""
+    """A PooledSocket in place of a dialled socket. Whatever interrupts this, one of the two closes the descriptor."""
     ours = PooledSocket.__new__(PooledSocket)
     try:
         ours.__init__(fileno=sock.fileno())  # type: ignore[misc]
@@ -504,7 +504,7 @@ def _reserve_descriptors(connections: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         remedy = (
-            f"each process needs {needed} descriptors (two a connection, {in_use} are open, {_SPARE_DESCRIPTORS} spare), "
+            f"each process needs {needed} descriptors (two a connection, {in_use} open, {_SPARE_DESCRIPTORS} spare), "
             f"but the hard limit is {hard}; lower max_connections to "
             f"{max(0, (hard - in_use - _SPARE_DESCRIPTORS) // 2)} or raise the limit (ulimit -Hn, LimitNOFILE=)"
         )

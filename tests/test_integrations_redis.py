@@ -454,7 +454,14 @@ def test_effects_are_known_in_all_spellings_and_remembered_within_bounds() -> No
     plain = _effect(("GET", "k"))
     marked = _effect(("SELECT", 1))
     assert plain != marked
-    for spelling in ("select", b"Select", bytearray(b"SELECT"), memoryview(b"select"), "SELECT 1", b" select"):
+    for spelling in (
+        "select",
+        b"Select",
+        bytearray(b"SELECT"),
+        memoryview(bytearray(b"select")),
+        "SELECT 1",
+        b" select",
+    ):
         assert _effect((spelling, 1)) == marked
     assert _effect((b"get", "k")) == plain
     for subcommand in ("LIST", b"list", "ID"):
@@ -956,9 +963,19 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any], field: str) -> N
     assert caught.value.field == field
 
 
-def test_url_must_be_one_of_redis() -> None:
-    with pytest.raises(InvalidConfig):
-        ConnectionPool.from_url("http://127.0.0.1")
+def test_settings_that_say_no_are_taken() -> None:
+    with ConnectionPool(min_connections=0, ssl=False, cache=None, maint_notifications_config=None) as pool:
+        assert "ssl" not in pool.connection_kwargs
+
+
+@pytest.mark.parametrize("url", ["http://u:secret@h", "rediss://u:secret@h", "redis://u:secret@h?db=x&password=secret"])
+def test_errors_show_no_password(url: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        ConnectionPool.from_url(url)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(InvalidConfig) as misspelt:
+        ConnectionPool(pasword="secret")
+    assert "secret" not in str(misspelt.value)
 
 
 def test_a_pool_with_a_dialer(server: RedisServer, make_pool: Callable[..., ConnectionPool]) -> None:

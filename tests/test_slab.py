@@ -158,8 +158,8 @@ def test_a_child_keeps_the_name_when_its_parent_is_dead(name: str) -> None:
 @pytest.mark.parametrize("own_name", [True, False])
 def test_remains_of_the_dead_are_reaped(name: str, own_name: bool) -> None:
     def die() -> None:
-        Pool(URL, name=name, **SMALL)
-        os.kill(os.getpid(), signal.SIGKILL)
+        pool = Pool(URL, name=name, **SMALL)
+        os.kill(os.getpid(), signal.SIGKILL if not pool.closed else signal.SIGTERM)
 
     with Family() as family:
         assert family.fork(die).wait() == "SIGKILL"
@@ -173,17 +173,16 @@ def test_remains_of_the_dead_are_reaped(name: str, own_name: bool) -> None:
 
 
 def test_reap_names_what_it_removed(name: str) -> None:
-    with Family() as family:
-        family.fork(Pool, URL).wait()  # children of os.fork() that end by os._exit leave their segments
+    def end_without_a_word() -> None:
+        pool = Pool(URL, name=name, **SMALL)
+        os._exit(0 if not pool.closed else 1)
 
-        def die() -> None:
-            Pool(URL, name=name, **SMALL)
-            os._exit(0)
-
-        family.fork(die).wait()
     with Pool(URL, **SMALL) as living:
-        Path(slab.path_of(name)).touch() if not os.path.exists(slab.path_of(name)) else None
-        assert living.name not in slab.reap()
+        with Family() as family:
+            family.fork(end_without_a_word).wait()
+        removed = slab.reap()
+        assert name in removed
+        assert living.name not in removed
         assert os.path.exists(slab.path_of(living.name))
 
 

@@ -115,6 +115,29 @@ static PyObject *expired(uint64_t id, const char *reason)
     return NULL;
 }
 
+/* The arguments of a call by place or by name: values[i] is that of names[i], None when it was not given. */
+static bool parse_call(const char *function, const char *const *known, int most, PyObject *const *args, Py_ssize_t count,
+                       PyObject *names, PyObject **values)
+{
+    for (int i = 0; i < most; i++)
+        values[i] = i < count ? args[i] : NULL;
+    if (count > most)
+        return PyErr_Format(PyExc_TypeError, "%s() takes at most %d arguments (%zd given)", function, most, count) != NULL;
+    for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(names, i);
+        int at = 0;
+        while (at < most && PyUnicode_CompareWithASCIIString(name, known[at]))
+            at++;
+        if (at == most || values[at])
+            return PyErr_Format(PyExc_TypeError, "%s() got %s argument %R", function,
+                                at == most ? "an unexpected" : "a repeated", name) != NULL;
+        values[at] = args[count + i];
+    }
+    for (int i = 0; i < most; i++)
+        values[i] = values[i] ? values[i] : Py_None;
+    return true;
+}
+
 /* ---- entries: what this process has of a connection ---- */
 
 static const char always_dirty[1] = {1}, never_dirty[1] = {0};
@@ -499,11 +522,10 @@ static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
 
 static PyObject *lease_discard(LeaseObject *lease, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    (void)args; /* the reason is for the reader of the code and, later, of the log */
-    if (count + (names ? PyTuple_GET_SIZE(names) : 0) > 1) {
-        PyErr_SetString(PyExc_TypeError, "discard() takes at most 1 argument (reason)");
+    static const char *const known[] = {"reason"}; /* for the reader of the code */
+    PyObject *reason;
+    if (!parse_call("discard", known, 1, args, count, names, &reason))
         return NULL;
-    }
     if (!lease_is_ours(lease))
         return lease_refuse(lease);
     if (!lease_discard_as(lease, SHM_T_closed_error))
@@ -1104,29 +1126,6 @@ static PyObject *get_with(PoolObject *self, PyObject *timeout, PyObject *protoco
         return NULL;
     uint32_t mask = check_made(self) ? wanted_mask(self, protocol, ip_version) : 0;
     return mask ? get_lease(self, mask, timeout_ns, may_wait) : NULL;
-}
-
-/* The arguments of a call by place or by name: values[i] is that of names[i], None when it was not given. */
-static bool parse_call(const char *function, const char *const *known, int most, PyObject *const *args, Py_ssize_t count,
-                       PyObject *names, PyObject **values)
-{
-    for (int i = 0; i < most; i++)
-        values[i] = i < count ? args[i] : NULL;
-    if (count > most)
-        return PyErr_Format(PyExc_TypeError, "%s() takes at most %d arguments (%zd given)", function, most, count) != NULL;
-    for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++) {
-        PyObject *name = PyTuple_GET_ITEM(names, i);
-        int at = 0;
-        while (at < most && PyUnicode_CompareWithASCIIString(name, known[at]))
-            at++;
-        if (at == most || values[at])
-            return PyErr_Format(PyExc_TypeError, "%s() got %s argument %R", function,
-                                at == most ? "an unexpected" : "a repeated", name) != NULL;
-        values[at] = args[count + i];
-    }
-    for (int i = 0; i < most; i++)
-        values[i] = values[i] ? values[i] : Py_None;
-    return true;
 }
 
 static const char *const get_arguments[] = {"timeout", "protocol", "ip_version"};

@@ -546,6 +546,7 @@ static enum pool_released release_and_wake(struct pool *pool, struct pool_claim 
     struct slot_shm *row = &pool->slab.slots[claim->slot];
     if (!slot_move(row, &claim->word, pool->worker, SLOT_IDLE))
         return RELEASE_STALE;
+    claim->word = 0;
     uint32_t out = local_cache_note(&pool->cache, claim->slot, &pool->entries[claim->slot].place);
     if (out != LOCAL_CACHE_NONE)
         pool_forget_cached(pool, out);
@@ -568,6 +569,7 @@ enum pool_released pool_release_contended(struct pool *pool, struct pool_claim *
     if (now > since && now - since >= WAITER_HANDOVER_AFTER_NS)
         switch (waiter_offer(&pool->slab, claim->slot, &claim->word, mask, now)) {
         case WAITER_OFFERED:
+            claim->word = 0;
             return RELEASED;
         case WAITER_LOST:
             return RELEASE_STALE;

@@ -146,7 +146,7 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason);
 /* ---- release ---- */
 
 enum pool_released { RELEASED, RELEASE_STALE, RELEASE_RETIRE /* still ours, but not to be kept: retire it */ };
-/* LEASED -> IDLE or to a waiter. */
+/* LEASED -> IDLE or to a waiter. RELEASED makes the claim void. */
 static inline enum pool_released pool_release(struct pool *pool, struct pool_claim *claim, uint64_t now_coarse);
 enum pool_released pool_release_contended(struct pool *pool, struct pool_claim *claim);
 /* The queue was empty before the release and is not after it. */
@@ -234,6 +234,7 @@ static inline enum pool_released pool_release(struct pool *pool, struct pool_cla
         return pool_release_contended(pool, claim);
     if (!slot_move(row, &claim->word, pool->worker, SLOT_IDLE))
         return RELEASE_STALE;
+    claim->word = 0; /* no state: this claim never fits again */
     uint32_t out = local_cache_note(&pool->cache, claim->slot, &pool->entries[claim->slot].place);
     if (SHM_UNLIKELY(out != LOCAL_CACHE_NONE))
         pool_forget_cached(pool, out);

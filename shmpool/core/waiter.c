@@ -92,7 +92,7 @@ int64_t waiter_leave(struct slab *slab, struct waiter_place *place)
         if (!SHM_CAS_SEQ(offer, slab->waiter_words[place->cell], &word, WAITER_FREE_WORD))
             continue;
         if (SHM_LOAD_SEQ(futex, slab->waiters[place->cell].futex)) /* woken since the last look: that is for another now */
-            waiter_wake_first(slab, place->mask);
+            waiter_wake_first(slab, WAITER_ANY_BUCKET); /* what it was for is not known: any may use it */
         return promised_slot(slab, word);
     }
     return -1; /* recovered under our feet: damage or a bug elsewhere; the place is not ours */
@@ -190,7 +190,9 @@ void waiter_wake_first(struct slab *slab, uint32_t mask)
 {
     struct waiter_seen seen;
     while (first_asleep(slab, mask, &seen)) {
-        wake(slab, seen.cell);
+        if (SHM_SWAP_SEQ(futex, slab->waiters[seen.cell].futex, 1))
+            continue; /* another releaser woke it, for another slot */
+        futex_wake(&slab->waiters[seen.cell].futex);
         if (SHM_LOAD_SEQ(futex, slab->waiter_words[seen.cell]) == seen.word)
             return; /* else it was leaving: the wake-up is for the next */
     }

@@ -43,6 +43,7 @@ import inspect
 import json
 import math
 import os
+import re
 import socket
 import time
 import weakref
@@ -108,7 +109,7 @@ def _effect(args: tuple[Any, ...]) -> int:
     """What sending `args` does to the connection: one of the constants above, never `_ASK_SUBCOMMAND`."""
     try:
         effect = _effects[args[0]]
-    except (KeyError, TypeError):  # TypeError: a bytearray
+    except (KeyError, TypeError, ValueError):  # not yet known; a bytearray; a writable memoryview
         effect = _learn(args[0])
     return effect if effect != _ASK_SUBCOMMAND else _effect_of_subcommand(args)
 
@@ -161,8 +162,9 @@ class Dialer:
         started = time.monotonic()
         sock = dial_target(self.target, request, self.config)
         try:
-            for option, value in (self.options.get("socket_keepalive_options") or {}).items():
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            if self.target.scheme is Protocol.TCP:
+                for option, value in (self.options.get("socket_keepalive_options") or {}).items():
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
             metadata = self._shake_hands(sock, started + request.timeout)
             sock.settimeout(self.config.socket_timeout)
         except (RedisError, OSError) as error:
@@ -492,35 +494,31 @@ class ConnectionPool(RedisConnectionPool):
             host, port = from_url.pop("host", host), from_url.pop("port", port)
             path, timeout = from_url.pop("path", path), from_url.pop("timeout", timeout)
             settings, target = {**settings, **from_url}, None
-        _refuse_unknown(settings)
-        pool_settings = {name: settings.pop(name) for name in list(settings) if name in _POOL_DEFAULTS}
-        if isinstance(target, Pool):
-            if pool_settings:
-                given = next(iter(pool_settings))
-                raise InvalidConfig(field=given, value=pool_settings[given], remedy="give it to the Pool itself")
-            self._pool, self._owns_pool = target, False
-            options = _options_of(target, settings)
-        else:
-            _put_aliases(pool_settings, settings, timeout)
-            options = {**settings, "socket_timeout": pool_settings.pop("socket_timeout", _default_socket_timeout())}
-            dialer = Dialer(target or _target_text(host, port, path), **options)
-            options = {**_address_options(dialer.target), **options}
-            SharedConnection(**options)  # an option that redis-py refuses is refused before there is a pool
-            pool_settings["socket_timeout"] = options["socket_timeout"]
-            self._pool, self._owns_pool = Pool(dial=dialer, **pool_settings), True
+        options = _known(settings)
+        pool_settings = {name: options.pop(name) for name in list(options) if name in _POOL_DEFAULTS}
         self._creator_pid = os.getpid()
-        self._set_up(options)
+        self._owns_pool = not isinstance(target, Pool)
+        if isinstance(target, Pool):
+            self._set_up(target, _options_of(target, options, pool_settings))
+            return
+        _put_aliases(pool_settings, options, timeout)
+        options["socket_timeout"] = pool_settings.setdefault("socket_timeout", _default_socket_timeout())
+        dialer = Dialer(target or _target_text(host, port, path), **options)
+        options = {**_address_options(dialer.target), **options}
+        SharedConnection(**options)  # an option that redis-py refuses is refused before there is a pool
+        self._set_up(Pool(dial=dialer, **pool_settings), options)
 
-    def _set_up(self, options: dict[str, Any]) -> None:
+    def _set_up(self, pool: Pool, options: dict[str, Any]) -> None:
+        self._pool = pool
+        self._get = pool.get
         self._ref = weakref.ref(self)
-        self._get = self._pool.get
         self._lend_from = 0.0  # unix s: this process uses no connection older than this; 0: any
         off: dict[str, Any] = {}
         if "maint_notifications_config" in _parameters(RedisConnectionPool.__init__):
             from redis.maint_notifications import MaintNotificationsConfig
 
             off["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
-        super().__init__(SharedConnection, self._pool.config.max_connections, **off, **options)
+        super().__init__(SharedConnection, pool.config.max_connections, **off, **options)
         self._template = self.make_connection()
 
     @classmethod
@@ -530,7 +528,9 @@ class ConnectionPool(RedisConnectionPool):
         What the URL says takes precedence over `kwargs`. `rediss://` raises `InvalidConfig`.
         """
         if not url.startswith(("redis://", "rediss://", "unix://")):
-            raise InvalidConfig(field="url", value=url, remedy="write redis://host:port/db or unix:///path")
+            raise InvalidConfig(
+                field="url", value=_without_secrets(url), remedy="write redis://host:port/db or unix:///path"
+            )
         return cls(url, **kwargs)
 
     def __repr__(self) -> str:
@@ -564,7 +564,7 @@ class ConnectionPool(RedisConnectionPool):
 
     def release(self, connection: Any) -> None:
         """Give a leased connection back, or end it if it is not clean. One that is not leased is left alone."""
-        lease = connection._lease
+        lease = getattr(connection, "_lease", None)
         if lease is None:
             return
         if not connection._is_clean():
@@ -623,7 +623,8 @@ class ConnectionPool(RedisConnectionPool):
                 raise ConnectionError(wrong)
             connection._bind(lease)
         except BaseException:
-            lease.release()
+            with contextlib.suppress(LeaseExpired):
+                lease.release()
             raise
         return connection
 
@@ -713,9 +714,9 @@ def _url_settings(url: str) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = dict(parse_url(url))
     except ValueError as error:
-        raise InvalidConfig(field="target", value=url, remedy=str(error)) from error
+        raise InvalidConfig(field="target", value=_without_secrets(url), remedy=str(error)) from None
     if url.startswith("rediss:"):
-        raise InvalidConfig(field="target", value=url, remedy=_REFUSED["ssl"])
+        raise InvalidConfig(field="target", value=_without_secrets(url), remedy=_REFUSED["ssl"])
     settings.pop("connection_class", None)
     for name, value in settings.items():
         kind = _kind_of(name)
@@ -734,17 +735,26 @@ def _kind_of(name: str) -> type[int] | type[float] | type[str]:
     return float if isinstance(default, float) else int if type(default) is int else str
 
 
-def _refuse_unknown(settings: dict[str, Any]) -> None:
+def _without_secrets(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//…@", url.partition("?")[0])
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, without those that only say no to what this pool does not do anyway. Raises InvalidConfig."""
     known = sorted({*_POOL_DEFAULTS, *_OPTIONS} - {"target", "dial"})
+    kept = {}
     for name, value in settings.items():
         refusal = next((why for start, why in _REFUSED.items() if name.startswith(start)), "")
-        if refusal and value not in (None, False):
-            raise InvalidConfig(field=name, value=value, remedy=refusal)
-        if name not in known:
+        if refusal and value in (None, False):
+            continue
+        if not refusal and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            remedy = f"neither the installed redis-py nor shmpool has such a setting{hint}"
-            raise InvalidConfig(field=name, value=value, remedy=remedy)
+            refusal = f"neither the installed redis-py nor shmpool has such a setting{hint}"
+        if refusal:
+            raise InvalidConfig(field=name, value=type(value), remedy=refusal)  # the value may be a secret
+        kept[name] = value
+    return kept
 
 
 def _put_aliases(pool_settings: dict[str, Any], settings: dict[str, Any], timeout: float | None) -> None:
@@ -761,8 +771,10 @@ def _default_socket_timeout() -> float | None:
     return default
 
 
-def _options_of(pool: Pool, settings: dict[str, Any]) -> dict[str, Any]:
+def _options_of(pool: Pool, settings: dict[str, Any], pool_settings: dict[str, Any]) -> dict[str, Any]:
     """The options for connections of a pool that was made elsewhere: its dialer's, then `settings`."""
+    for name, value in pool_settings.items():
+        raise InvalidConfig(field=name, value=value, remedy="give it to the Pool itself")
     dial = pool.config.dial
     if isinstance(dial, Dialer):
         return {**_address_options(dial.target), **dial.options, **settings}

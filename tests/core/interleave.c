@@ -603,7 +603,7 @@ static void body_close(void)
 {
     struct pool_claim claim;
     pool_shut(current->pool);
-    while (pool_take_idle(current->pool, 0, &claim))
+    while (play_take_idle(current->pool, &claim))
         play_retire(current->pool, &claim, SHM_T_closed_shutdown);
 }
 static void body_get_unless_closed(void)
@@ -813,6 +813,7 @@ static void replay(const struct scenario *which, const char *list)
     CHECK_EQ(sscanf(list, "%u,%u,%u,%u", &bounds.preemptions, &bounds.timeouts, &bounds.kills, &bounds.stops), 4);
     CHECK(list = strchr(list, '/'));
     list++;
+    setvbuf(stdout, NULL, _IOLBF, 0);
     tracing = true;
     planned = 0;
     for (char *end; *list; list = *end ? end + 1 : end) {

@@ -177,6 +177,18 @@ PLAY void play_retire(struct pool *pool, struct pool_claim *claim, unsigned reas
         play_drop_entry(entry);
 }
 
+/* Take what is idle or offered for ending, as a closer does; false when there is none. */
+PLAY bool play_take_idle(struct pool *pool, struct pool_claim *claim)
+{
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        uint64_t word = slot_load(&pool->slab.slots[slot]);
+        *claim = (struct pool_claim){.slot = slot, .word = word};
+        if ((slot_state(word) == SLOT_IDLE || slot_state(word) == SLOT_OFFERED) && pool_condemn(pool, claim))
+            return true;
+    }
+    return false;
+}
+
 /* The descriptor of a leased connection, fetched from the mailbox when this player has not seen it. -1: no letter. */
 PLAY int play_fetch(struct pool *pool, const struct pool_claim *claim)
 {

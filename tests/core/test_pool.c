@@ -355,7 +355,7 @@ static void closing(void)
     CHECK(pthread_create(&thread, NULL, wait_for_one, other) == 0);
     while (!waiter_first(&pool->slab, PLAY_ANY, &seen))
         ;
-    CHECK(!pool_take_idle(pool, 0, &taken));
+    CHECK(!play_take_idle(pool, &taken));
     pool_shut(pool);
     CHECK(!pool_is_open(pool) && !pool_is_open(other));
     pthread_join(thread, &got);
@@ -387,10 +387,10 @@ static void closing_takes_idle_and_offered(void)
     back(pool, two);
     pool_shut(pool);
     for (uint32_t i = 0; i < 2; i++) {
-        CHECK(pool_take_idle(pool, 0, &taken));
+        CHECK(play_take_idle(pool, &taken));
         play_retire(pool, &taken, SHM_T_closed_shutdown);
     }
-    CHECK(!pool_take_idle(pool, 0, &taken));
+    CHECK(!play_take_idle(pool, &taken));
     pool_return_promise(other, waiter_leave(&other->slab, &place));
     CHECK_EQ(play_count(pool, SLOT_EMPTY), 3);
     play_leave(other);
