@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from shmpool import Pool
-from tests.processes import LONG, Child, Counters, Family, chance, descriptors, lease_every_slot, proven, states
+from tests.processes import LONG, Child, Counters, Family, chance, descriptors, lease_every_slot, proven, states, use
 from tests.servers import ExclusiveServer, exclusive_use
 
 WORKERS, THREADS, CONNECTIONS = 8, 4, 4
@@ -135,30 +135,24 @@ def test_workers_are_killed_at_random_and_replaced(
 def test_workers_fork_workers_and_vanish(server: ExclusiveServer, family: Family) -> None:
     """Each worker becomes the parent of the next and dies at once or after it: no order of deaths loses a permit."""
     random = chance()
-    done = Counters(1)
+    first = random.randrange(1 << 30)
 
     def descend(depth: int) -> None:
-        from tests.processes import use
-
         for _ in range(random.randrange(4)):
             use(pool)
-        held = pool.get() if random.random() < 0.5 else None
-        with Family() as inner:
-            child = inner.fork(descend, depth - 1) if depth else None
-            if child and random.random() < 0.5:
+        lease = pool.get() if random.random() < 0.5 else None
+        child = Family().fork(descend, depth - 1) if depth else None
+        if random.random() < 0.5:
+            if lease is not None:
+                lease.release()  # the child may need it
+            if child is not None:
                 child.wait()
-            if held is not None and random.random() < 0.5:
-                held.release()
-            if depth == 0:
-                done[0] += 1
-            os._exit(0)  # whatever it still holds
+        os._exit(0)  # whatever it still holds
 
     with proven(server, 2, max_workers=64) as pool:
         for at in range(25):
-            random.seed(at)
+            random.seed(first + at)
             child = family.fork(descend, 6)
             child.wait()
             lease_every_slot(pool, timeout_s=5)
             family.forget(child)
-        # Those whose parents did not wait may still be at it.
-        lease_every_slot(pool, timeout_s=5)

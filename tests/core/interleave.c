@@ -67,6 +67,7 @@ static int next_seat;
 static int holder[SLOTS]; /* fiber + 1 */
 static struct pool_claim old[32];
 static unsigned old_count;
+static unsigned twins_released;
 
 /* ---- failing ---- */
 
@@ -374,6 +375,7 @@ struct saved {
 };
 static struct saved saved[FIBERS + 1];
 static uint8_t *saved_slab;
+static uint64_t saved_now_ns;
 static int saved_locks[BYTES], saved_holder[SLOTS];
 static struct fiber saved_fibers[FIBERS];
 
@@ -409,6 +411,7 @@ static void save(void)
         saved[i].phase = atomic_load(&pool->fork->phase);
         saved[i].seat = atomic_load(&pool->seat->fd);
     }
+    saved_now_ns = now_ns;
     saved_slab = malloc(checker->slab.layout.total_size);
     CHECK(saved_slab);
     copy_slab(saved_slab, (uint8_t *)checker->slab.header);
@@ -432,9 +435,9 @@ static void restore(void)
     copy_slab((uint8_t *)checker->slab.header, saved_slab);
     memcpy(lock_of, saved_locks, sizeof lock_of);
     memcpy(holder, saved_holder, sizeof holder);
-    now_ns = 1000 * PLAY_MS;
+    now_ns = saved_now_ns;
     atomic_store(&checker->slab.header->recovery_checked_ns, now_ns);
-    depth = steps = rounds = old_count = 0;
+    depth = steps = rounds = old_count = twins_released = 0;
     used = (struct bounds){0};
     for (unsigned i = 0; i < scenario->fibers; i++) {
         struct fiber *fiber = &fibers[i];
@@ -578,6 +581,11 @@ static void body_recover_and_get(void)
     recovery_run(current->pool, true);
     body_get();
 }
+static void body_recover_and_lease(void)
+{
+    recovery_run(current->pool, true);
+    body_lease();
+}
 static void body_newcomer(void)
 {
     if (pool_join(current->pool) != POOL_OK)
@@ -685,7 +693,6 @@ static void dead_waiter(void)
 }
 
 /* Two threads of one process hold one lease between them: both give it back. */
-static unsigned twins_released;
 static void twins(void)
 {
     first_holds();
@@ -695,9 +702,8 @@ static void twins(void)
 static void body_twin(void)
 {
     struct pool_claim claim = current->claim;
-    if (current == fibers)
-        twins_released = 0;
-    holder[claim.slot] = 0;
+    if (holder[claim.slot] == 1)
+        holder[claim.slot] = 0;
     current->has = false;
     enum pool_released released = play_release(current->pool, &claim);
     twins_released += released == RELEASED;
@@ -731,7 +737,7 @@ static const struct scenario scenarios[] = {
     {"two-waiters", 2, 5, 4, 0, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false},
     {"two-waiters-handover", 2, 5, 4, HANDOVER, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false},
     {"summary", 1, 4, 2, 0, stale_summary, {body_give, body_get}, NULL, false},
-    {"offer-or-leave", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_briefly, body_get}, NULL, false},
+    {"offer-or-leave", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_briefly, body_lease}, NULL, false},
     {"twins", 1, 5, 3, HANDOVER, twins, {body_twin, body_twin, body_get}, one_twin_released, false},
     {"evict", 1, 4, 2, 0, private_idle, {body_lease, body_lease}, NULL, false},
     {"close", 2, 5, 3, HANDOVER, first_two_hold, {body_give, body_give, body_close}, NULL, true},
@@ -739,7 +745,7 @@ static const struct scenario scenarios[] = {
     {"leave", 1, 4, 2, HANDOVER, all_idle, {body_leave, body_lease}, NULL, false},
     {"recover", 1, 5, 2, 0, dead_holder, {body_recover, body_recover_and_get}, NULL, false},
     {"recover-waiter", 2, 5, 3, HANDOVER, dead_waiter, {body_recover, body_recover_and_get, body_lease}, NULL, false},
-    {"newcomer", 1, 3, 2, 0, dead_holder, {body_recover_and_get, body_newcomer}, NULL, false},
+    {"newcomer", 1, 3, 2, 0, dead_holder, {body_recover_and_lease, body_newcomer}, NULL, false},
 };
 
 static void begin(const struct scenario *which)

@@ -216,13 +216,14 @@ PLAY void play_leave_queue(struct pool *pool, struct waiter_place *place)
         pool_return_promise(pool, waiter_leave(&pool->slab, place));
 }
 
+/* Sleep, unless the place is still promised what did not come: then stand in the queue again and look once more. */
 PLAY void play_sleep(struct pool *pool, struct waiter_place *place, uint64_t deadline)
 {
     uint64_t now = clock_now();
-    uint64_t slice = deadline - now < WAITER_SLICE_NS ? deadline - now : WAITER_SLICE_NS;
-    waiter_sleep(&pool->slab, place, slice);
-    if (clock_now() - now >= WAITER_SLICE_NS)
+    if (waiter_promised(&pool->slab, place) >= 0)
         pool_return_promise(pool, waiter_rematch(&pool->slab, place));
+    else
+        waiter_sleep(&pool->slab, place, deadline - now < WAITER_SLICE_NS ? deadline - now : WAITER_SLICE_NS);
     waiter_prepare(&pool->slab, place);
 }
 
