@@ -234,6 +234,12 @@ class Pool(_core.PoolBase):
         state = "closed" if self.closed else "open"
         return f"<shmpool.Pool {self._name!r} to {source}, {state}, max_connections={self._config.max_connections}>"
 
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a Pool cannot be pickled: its processes inherit it. Make it before the fork, and start workers with the "
+            "fork method (multiprocessing.get_context('fork')); spawned workers cannot join a pool yet"
+        )
+
     def __del__(self) -> None:
         # Not made when the constructor raised; at interpreter exit the modules may be gone.
         if hasattr(self, "_inode") and not sys.is_finalizing():

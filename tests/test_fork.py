@@ -386,14 +386,10 @@ def test_forks_from_any_thread_while_others_lease_dial_and_wait(server: Exclusiv
             raise errors[0]
 
 
-# A connection that another thread was ending at the fork leaves two copies in the child: that thread's, and its letter's.
-LEFT_IN_HANDS = 2
-
-
 def test_a_fork_while_a_thread_closes_the_pool(server: ExclusiveServer, family: Family) -> None:
     """The child either leases or is told that the pool is closed; it never hangs, and keeps nothing alive."""
 
-    def child() -> int:
+    def child() -> list[str]:
         with contextlib.suppress(PoolClosed):
             use(pool, timeout_s=10)
         with pytest.raises(PoolClosed):
@@ -401,14 +397,7 @@ def test_a_fork_while_a_thread_closes_the_pool(server: ExclusiveServer, family: 
                 pool.get(timeout=10).release()
         left = {at: what for at, what in descriptors().items() if what not in before}
         assert not [what for what in left.values() if what.startswith("/dev/shm/")]
-        sockets = [at for at, what in left.items() if what.startswith("socket:")]
-        for at in sockets:
-            with socket.socket(fileno=at) as copy:
-                assert copy.family == socket.AF_INET  # no mailbox
-                copy.settimeout(5)
-                with contextlib.suppress(ConnectionError):
-                    assert copy.recv(1) == b""  # it has ended
-        return len(sockets)
+        return [what for what in left.values() if what.startswith("socket:")]
 
     random = chance()
     for _ in range(30):
@@ -420,7 +409,7 @@ def test_a_fork_while_a_thread_closes_the_pool(server: ExclusiveServer, family: 
             children = [family.fork(child) for _ in range(3)]
             closer.join()
             for started in children:
-                assert started.result() <= LEFT_IN_HANDS * 3
+                assert not started.result()
                 family.forget(started)
 
 
