@@ -115,8 +115,8 @@ def _worker(words: Any, number: int, pool: Any) -> None:
 
 
 def _picoseconds_per_turn(timed: Callable[[int], int], limit_ns: int) -> int:
-    taken = turns = 0
     deadline = time.perf_counter_ns() + limit_ns
+    taken, turns = timed(800), 800  # at least once: this process may have lost its core for the whole slice
     while time.perf_counter_ns() < deadline:
         taken += timed(800)
         turns += 800

@@ -760,6 +760,7 @@ struct request {
     uint64_t timeout_ns, begun_ns, deadline_ns; /* without may_wait the deadline is NEVER: only a dial takes time */
     uint64_t linger_ns;   /* what is left of the time for peers to close, over all connections that this call ends */
     uint32_t generation;  /* of the handle when it began, or began anew after a fork */
+    bool woken;           /* the last sleep in the queue ended by a wake-up */
     struct waiter_place place;
 };
 
@@ -951,9 +952,18 @@ static bool wait_turn(PoolObject *self, struct request *request)
         raise_error(self, "waiters", request->mask, now - request->begun_ns, request->timeout_ns);
         return false;
     }
-    uint64_t slice = request->deadline_ns - now < WAITER_SLICE_NS ? request->deadline_ns - now : WAITER_SLICE_NS;
+    uint64_t waited = now - request->place.since_ns, slice = WAITER_SLICE_NS;
+    if (request->woken && waited < WAITER_HANDOVER_AFTER_NS) { /* woken in vain */
+        if (!waiter_be_patient(&pool->slab, &request->place)) {
+            waiter_prepare(&pool->slab, &request->place);
+            return true;
+        }
+        slice = WAITER_HANDOVER_AFTER_NS - waited;
+    }
+    if (slice > request->deadline_ns - now)
+        slice = request->deadline_ns - now;
     Py_BEGIN_ALLOW_THREADS
-    waiter_sleep(&pool->slab, &request->place, slice);
+    request->woken = waiter_sleep(&pool->slab, &request->place, slice);
     Py_END_ALLOW_THREADS
     if (PyErr_CheckSignals()) {
         if (!forked_since(self, request->generation))

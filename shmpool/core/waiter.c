@@ -38,7 +38,7 @@ bool waiter_enter(struct slab *slab, struct waiter_place *place, uint32_t owner,
         uint64_t word = SHM_LOAD(hint, slab->waiter_words[cell]);
         if (word != WAITER_FREE_WORD || !SHM_CAS_SEQ(queue, slab->waiter_words[cell], &word, wanted))
             continue;
-        *place = (struct waiter_place){true, cell, owner, mask, ticket, now};
+        *place = (struct waiter_place){true, false, cell, owner, mask, ticket, now};
         SHM_STORE(hint, slab->waiters[cell].since_ns, now);
         SHM_STORE(hint, slab->waiters[cell].tid, tid);
         waiter_prepare(slab, place);
@@ -50,7 +50,8 @@ bool waiter_enter(struct slab *slab, struct waiter_place *place, uint32_t owner,
 void waiter_prepare(struct slab *slab, struct waiter_place *place)
 {
     assert(place->queued);
-    SHM_SWAP_SEQ(futex, slab->waiters[place->cell].futex, 0);
+    SHM_SWAP_SEQ(futex, slab->waiters[place->cell].futex, WAITER_ASLEEP);
+    place->patient = false;
     assert_summary(slab, place->cell);
 }
 
@@ -91,25 +92,34 @@ int64_t waiter_leave(struct slab *slab, struct waiter_place *place)
     while (same_place(place, word)) { /* a matcher may change it under us; it cannot do so for ever: its slot is one */
         if (!SHM_CAS_SEQ(offer, slab->waiter_words[place->cell], &word, WAITER_FREE_WORD))
             continue;
-        if (SHM_LOAD_SEQ(futex, slab->waiters[place->cell].futex)) /* woken since the last look: that is for another now */
+        if (SHM_LOAD_SEQ(futex, slab->waiters[place->cell].futex) == WAITER_WOKEN) /* woken since the last look: that is for another now */
             waiter_wake_first(slab, WAITER_ANY_BUCKET); /* what it was for is not known: any may use it */
         return promised_slot(slab, word);
     }
     return -1; /* recovered under our feet: damage or a bug elsewhere; the place is not ours */
 }
 
-void waiter_sleep(struct slab *slab, struct waiter_place *place, uint64_t timeout_ns)
+bool waiter_be_patient(struct slab *slab, struct waiter_place *place)
+{
+    uint32_t asleep = WAITER_ASLEEP;
+    place->patient = SHM_CAS_SEQ(futex, slab->waiters[place->cell].futex, &asleep, WAITER_PATIENT);
+    return place->patient;
+}
+
+bool waiter_sleep(struct slab *slab, struct waiter_place *place, uint64_t timeout_ns)
 {
     struct timespec time = {(time_t)(timeout_ns / 1000000000), (long)(timeout_ns % 1000000000)};
+    a32_shm *futex = &slab->waiters[place->cell].futex;
     SHM_STEP(futex);
-    syscall(SYS_futex, &slab->waiters[place->cell].futex, FUTEX_WAIT, 0, &time, NULL, 0);
+    syscall(SYS_futex, futex, FUTEX_WAIT, place->patient ? WAITER_PATIENT : WAITER_ASLEEP, &time, NULL, 0);
+    return SHM_LOAD_SEQ(futex, *futex) == WAITER_WOKEN;
 }
 
 /* ---- the releaser's side ---- */
 
 static void wake(struct slab *slab, uint32_t cell)
 {
-    if (!SHM_SWAP_SEQ(futex, slab->waiters[cell].futex, 1))
+    if (SHM_SWAP_SEQ(futex, slab->waiters[cell].futex, WAITER_WOKEN) != WAITER_WOKEN)
         futex_wake(&slab->waiters[cell].futex);
 }
 
@@ -176,7 +186,7 @@ static bool first_asleep(struct slab *slab, uint32_t mask, struct waiter_seen *b
         for (uint32_t cell = first; cell < end && cell < slab->layout.max_waiters; cell++) {
             uint64_t word = SHM_LOAD_SEQ(queue, slab->waiter_words[cell]);
             if (waiter_state(word) != WAITER_WAITING || !(waiter_mask(word) & mask) ||
-                SHM_LOAD_SEQ(futex, slab->waiters[cell].futex))
+                SHM_LOAD_SEQ(futex, slab->waiters[cell].futex) != WAITER_ASLEEP)
                 continue;
             if (!found || waiter_before(waiter_ticket(word), waiter_ticket(best->word)))
                 *best = (struct waiter_seen){cell, word};
@@ -190,8 +200,9 @@ void waiter_wake_first(struct slab *slab, uint32_t mask)
 {
     struct waiter_seen seen;
     while (first_asleep(slab, mask, &seen)) {
-        if (SHM_SWAP_SEQ(futex, slab->waiters[seen.cell].futex, 1))
-            continue; /* another releaser woke it, for another slot */
+        uint32_t asleep = WAITER_ASLEEP;
+        if (!SHM_CAS_SEQ(futex, slab->waiters[seen.cell].futex, &asleep, WAITER_WOKEN))
+            continue; /* another releaser woke it, for another slot; or it became patient */
         futex_wake(&slab->waiters[seen.cell].futex);
         if (SHM_LOAD_SEQ(futex, slab->waiter_words[seen.cell]) == seen.word)
             return; /* else it was leaving: the wake-up is for the next */
@@ -202,7 +213,7 @@ void waiter_wake_all(struct slab *slab)
 {
     for (uint32_t cell = 0; cell < slab->layout.max_waiters; cell++)
         if (SHM_LOAD_SEQ(queue, slab->waiter_words[cell]) != WAITER_FREE_WORD) {
-            SHM_SWAP_SEQ(futex, slab->waiters[cell].futex, 1);
+            SHM_SWAP_SEQ(futex, slab->waiters[cell].futex, WAITER_WOKEN);
             futex_wake(&slab->waiters[cell].futex);
         }
 }

@@ -23,6 +23,11 @@
  * free for all and the waiter is only woken (waiter_wake_first): a running process may take it first, and no connection lies idle
  * for the 20 microseconds that a wake-up takes. From HANDOVER_AFTER on the slot is offered to it and nobody else can take it.
  *
+ * A waiter that was woken and found nothing becomes patient: it asks not to be woken again before it has waited HANDOVER_AFTER, and
+ * sleeps no longer than that. Else each release would wake somebody in vain while running processes take and return connections
+ * faster than anyone wakes up. So a wait costs at most one vain wake-up, and a slot that comes free meanwhile and is not taken by a
+ * running process lies idle for at most HANDOVER_AFTER.
+ *
  * A summary word in the header has a bit for each group of 64 waiters: 0 means that nobody waits, and is all that a warm
  * get() or release() reads of this file. It is a hint: set by each waiter before it looks for the last time, and again at every
  * slice; cleared by whoever finds a group empty.
@@ -69,9 +74,13 @@ static inline uint32_t waiter_ticket(uint64_t word) { return (uint32_t)(word >> 
 /* does ticket a stand before ticket b? */
 static inline bool waiter_before(uint32_t a, uint32_t b) { return (int32_t)((a - b) << 5) < 0; }
 
+/* what a waiter's futex says */
+enum waiter_futex { WAITER_ASLEEP = 0, WAITER_WOKEN = 1, WAITER_PATIENT = 2 /* asleep, to be woken for an offer only */ };
+
 /* A waiter's own place in the queue; private, on the waiter's stack. */
 struct waiter_place {
     bool queued;
+    bool patient;
     uint32_t cell;
     uint32_t owner, mask, ticket;
     uint64_t since_ns;
@@ -94,13 +103,15 @@ int64_t waiter_promised(struct slab *slab, struct waiter_place *place);
 /* No offer came in a slice: stand in the queue again, at the same place. Returns the slot that was promised, or -1: the offer may
  * have come this moment, and the caller gives it back like a leaver. */
 int64_t waiter_rematch(struct slab *slab, struct waiter_place *place);
-/* Sleep until woken, a signal, or for `timeout_ns`; any wake-up means: look again. */
-void waiter_sleep(struct slab *slab, struct waiter_place *place, uint64_t timeout_ns);
+/* The last look, after a wake-up, found nothing: be patient. False: woken again meanwhile, look again. */
+bool waiter_be_patient(struct slab *slab, struct waiter_place *place);
+/* Sleep until woken, a signal, or for `timeout_ns`; any wake-up means: look again. True: it was a wake-up. */
+bool waiter_sleep(struct slab *slab, struct waiter_place *place, uint64_t timeout_ns);
 
 /* The first in the queue that is WAITING and accepts one of the buckets in `mask`. */
 bool waiter_first(struct slab *slab, uint32_t mask, struct waiter_seen *seen);
 uint64_t waiter_since(struct slab *slab, const struct waiter_seen *seen);
-/* Wake the first fitting waiter that was not woken already, without promising it anything. */
+/* Wake the first fitting waiter that is neither woken already nor patient, without promising it anything. */
 void waiter_wake_first(struct slab *slab, uint32_t mask);
 void waiter_wake_all(struct slab *slab);
 

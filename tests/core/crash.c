@@ -1,0 +1,430 @@
+/* crash.c: a worker ends, or stops for ever, at every step of every operation; the others go on and nothing is lost.
+ *
+ * For each operation, for k = 1, 2, 3, ... until the operation is done before its k-th step: a forked child does it and ends (by
+ * exit, by SIGKILL in turn) or stops (SIGSTOP) at the k-th step.
+ *   ended    a survivor recovers: twice is once, every slot can be leased once, no place in queue or table is lost. For each
+ *            state of the slab that was not seen before the recovery itself is ended at each step j, and then done by another.
+ *   stopped  whatever is idle, empty or offered is had by others, who never wait for the stopped one; it is then killed, and as above.
+ *
+ *   crash [OPERATION|all] [ended|stopped|both]
+ *
+ * The clock is a stand-in that can be put forward, so nobody waits for time to pass.
+ */
+#include <signal.h>
+#include <sys/wait.h>
+
+#include "play.h"
+
+enum { SLOTS = 3, WORKERS = 6, WAITERS = 3, SEEN = 1 << 16 };
+
+/* ---- steps ---- */
+
+static unsigned armed, steps; /* end at this step, 0: never */
+static int ending;            /* 0: by exit, else by this signal */
+
+void shmpool_hook(const char *tag)
+{
+    if (!armed || !strcmp(tag, "private") || ++steps != armed)
+        return;
+    if (!ending)
+        _exit(77);
+    armed = 0;
+    raise(ending);
+}
+
+static uint64_t put_forward_ns;
+int stand_in_clock_gettime(clockid_t clock, struct timespec *time);
+int stand_in_clock_gettime(clockid_t clock, struct timespec *time)
+{
+    extern int clock_gettime_of_libc(clockid_t, struct timespec *) __asm__("clock_gettime");
+    int result = clock_gettime_of_libc(clock, time);
+    uint64_t ns = (uint64_t)time->tv_sec * 1000000000 + (uint64_t)time->tv_nsec + put_forward_ns;
+    *time = (struct timespec){(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+    return result;
+}
+
+/* ---- operations ---- */
+
+static struct pool *pool;  /* of the child, and the survivor's own before the fork */
+static struct pool *third; /* somebody else who is alive */
+static struct pool *dead;  /* somebody who has died */
+
+struct operation {
+    const char *name;
+    void (*prepare)(void); /* by the survivor, before the fork */
+    void (*begin)(void);   /* by the child, registered, before steps count */
+    void (*act)(void);     /* the steps that count */
+};
+
+static struct pool_claim mine;
+static struct waiter_place place;
+
+static void nothing(void) {}
+static void registered(void) { CHECK_EQ(pool_join(pool), POOL_OK); }
+
+static void all_idle(void)
+{
+    struct pool_claim claims[SLOTS];
+    for (int i = 0; i < SLOTS; i++)
+        claims[i] = play_lease(third);
+    for (int i = 0; i < SLOTS; i++)
+        CHECK_EQ(play_release(third, &claims[i]), RELEASED);
+}
+
+static void one_empty_leased_by_third(void)
+{
+    struct pool_claim claims[SLOTS];
+    for (int i = 0; i < SLOTS; i++)
+        claims[i] = play_lease(third);
+    CHECK_EQ(play_release(third, &claims[0]), RELEASED);
+}
+
+static void third_waits_long(void)
+{
+    all_idle();
+    place = (struct waiter_place){0};
+    CHECK(waiter_enter(&third->slab, &place, third->worker, PLAY_ANY, 1, clock_now() - 1000 * PLAY_MS));
+}
+
+static void third_waits_briefly(void)
+{
+    all_idle();
+    place = (struct waiter_place){0};
+    CHECK(waiter_enter(&third->slab, &place, third->worker, PLAY_ANY, 1, clock_now() + 1000 * PLAY_MS));
+}
+
+static void somebody_died(void)
+{
+    struct waiter_place its = {0};
+    struct pool_claim claim = play_lease(third);
+    play_lease(dead);
+    CHECK(waiter_enter(&dead->slab, &its, dead->worker, PLAY_ANY, 1, clock_now() - 1000 * PLAY_MS));
+    CHECK_EQ(play_release(third, &claim), RELEASED); /* offered to it */
+    CHECK(pool_take_empty(dead, &claim));
+    play_die(dead);
+}
+
+static void holds_one(void)
+{
+    registered();
+    mine = play_lease(pool);
+}
+
+static void holds_all(void)
+{
+    registered();
+    for (int i = 0; i < SLOTS; i++)
+        mine = play_lease(pool);
+}
+
+static void queued(void)
+{
+    holds_one(); /* of the three; the others go to nobody */
+    CHECK_EQ(play_release(pool, &mine), RELEASED);
+    place = (struct waiter_place){0};
+    CHECK(waiter_enter(&pool->slab, &place, pool->worker, PLAY_ANY, 1, clock_now()));
+}
+
+/* In the queue, with a promise: kept (the slot is OFFERED), or not. */
+static void promised(void)
+{
+    queued();
+    struct pool_claim claim = play_lease(third);
+    put_forward_ns += 2 * WAITER_HANDOVER_AFTER_NS;
+    CHECK_EQ(play_release(third, &claim), RELEASED);
+    CHECK(waiter_promised(&pool->slab, &place) >= 0);
+}
+
+static void promised_in_vain(void)
+{
+    queued();
+    uint64_t word = atomic_load(&pool->slab.waiter_words[place.cell]);
+    atomic_store(&pool->slab.waiter_words[place.cell], (word & ~UINT64_C(3)) | WAITER_MATCHED);
+}
+
+static void has_private(void)
+{
+    registered();
+    CHECK(pool_take_empty(pool, &mine));
+    CHECK(play_install_as(pool, &mine, (struct pool_birth){.flags = SHM_KIND_PRIVATE, .expires_ns = PLAY_NEVER}, NULL));
+    CHECK_EQ(play_release(pool, &mine), RELEASED);
+}
+
+static void act_take(void) { mine = play_lease(pool); }
+static void act_dial_and_abandon(void)
+{
+    CHECK(pool_take_empty(pool, &mine));
+    pool_name_connection(pool, &mine);
+    pool_abandon(pool, &mine);
+}
+static void act_take_dead_or_alive(void) { play_try(pool, &mine); }
+static void act_release(void) { CHECK_EQ(play_release(pool, &mine), RELEASED); }
+static void act_retire(void)
+{
+    CHECK(pool_condemn(pool, &mine));
+    play_retire(pool, &mine, SHM_T_closed_error);
+}
+static void act_enter_and_leave(void)
+{
+    place = (struct waiter_place){0};
+    CHECK(waiter_enter(&pool->slab, &place, pool->worker, PLAY_ANY, 1, clock_now()));
+    waiter_prepare(&pool->slab, &place);
+    play_leave_queue(pool, &place);
+}
+static void act_leave_queue(void) { play_leave_queue(pool, &place); }
+static void act_claim_promise(void)
+{
+    CHECK_EQ(play_take(pool, PLAY_ANY, &place, &mine), TAKEN_LEASED);
+    play_leave_queue(pool, &place);
+}
+static void act_rematch(void)
+{
+    pool_return_promise(pool, waiter_rematch(&pool->slab, &place));
+    waiter_prepare(&pool->slab, &place);
+}
+static void act_expired_offer(void)
+{
+    put_forward_ns += 2 * WAITER_OFFER_TTL_NS;
+    for (int i = 0; i < SLOTS; i++)
+        play_try(pool, &mine);
+}
+static void act_recover(void) { recovery_run(pool, true); }
+static void act_register(void) { registered(); }
+static void act_leave(void) { pool_leave(pool); }
+static void act_close(void)
+{
+    pool_shut(pool);
+    while (play_take_idle(pool, &mine))
+        play_retire(pool, &mine, SHM_T_closed_shutdown);
+}
+static void act_everything(void)
+{
+    act_register();
+    for (int i = 0; i < 2; i++) {
+        act_take();
+        act_release();
+    }
+    act_take();
+    act_retire();
+    act_leave();
+}
+
+static const struct operation operations[] = {
+    {"take-cached", nothing, queued, act_take},
+    {"take-listed-or-steal", all_idle, registered, act_take},
+    {"dial", nothing, registered, act_take},
+    {"dial-and-abandon", nothing, registered, act_dial_and_abandon},
+    {"take-the-last", one_empty_leased_by_third, registered, act_take_dead_or_alive},
+    {"release", nothing, holds_one, act_release},
+    {"release-handover", third_waits_long, holds_one, act_release},
+    {"release-wake", third_waits_briefly, holds_one, act_release},
+    {"retire", all_idle, holds_one, act_retire},
+    {"retire-of-all", third_waits_long, holds_all, act_retire},
+    {"enter-and-leave", nothing, registered, act_enter_and_leave},
+    {"leave-queue-promised", all_idle, promised, act_leave_queue},
+    {"claim-promise", all_idle, promised, act_claim_promise},
+    {"rematch", all_idle, promised, act_rematch},
+    {"rematch-in-vain", all_idle, promised_in_vain, act_rematch},
+    {"take-expired-offer", somebody_died, registered, act_expired_offer},
+    {"recover", somebody_died, registered, act_recover},
+    {"register", nothing, nothing, act_register},
+    {"register-on-the-dead", somebody_died, nothing, act_register},
+    {"leave", third_waits_long, holds_all, act_leave},
+    {"leave-private", nothing, has_private, act_leave},
+    {"close", third_waits_long, holds_one, act_close},
+    {"everything", nothing, nothing, act_everything},
+};
+
+/* ---- what is left ---- */
+
+static void begin(const struct operation *operation)
+{
+    put_forward_ns = 0;
+    pool = play_found(SLOTS, WORKERS, WAITERS, 1);
+    third = play_join(pool);
+    dead = play_join(pool);
+    operation->prepare();
+}
+
+static void finish(void)
+{
+    play_end(dead);
+    play_end(third);
+    play_end(pool);
+}
+
+/* A child does `act` after `first`, and ends at step k. Returns its wait status. */
+static int child(void (*first)(void), void (*act)(void), unsigned k, int by, pid_t *left_stopped)
+{
+    pid_t pid = fork();
+    CHECK(pid >= 0);
+    if (!pid) {
+        first();
+        steps = 0;
+        ending = by;
+        armed = k;
+        act();
+        armed = 0;
+        _exit(0);
+    }
+    int status;
+    CHECK_EQ(waitpid(pid, &status, WUNTRACED), pid);
+    if (left_stopped)
+        *left_stopped = WIFSTOPPED(status) ? pid : 0;
+    return status;
+}
+
+static bool was_done(int status) { return WIFEXITED(status) && WEXITSTATUS(status) == 0; }
+
+static void check_status(const struct operation *operation, unsigned k, int status)
+{
+    if (was_done(status) || (WIFEXITED(status) && WEXITSTATUS(status) == 77) || (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) ||
+        WIFSTOPPED(status))
+        return;
+    fprintf(stderr, "crash: %s at step %u: the child ended with status %#x\n", operation->name, k, status);
+    abort();
+}
+
+/* Everybody who waits gives up; then nothing is missing. */
+static void check_whole(void)
+{
+    put_forward_ns += 1000 * PLAY_MS;
+    recovery_run(pool, true);
+    uint64_t words[SLOTS];
+    for (uint32_t i = 0; i < SLOTS; i++)
+        words[i] = play_word(pool, i);
+    CHECK_EQ(recovery_run(pool, true), 0);
+    for (uint32_t i = 0; i < SLOTS; i++)
+        CHECK_EQ(play_word(pool, i), words[i]);
+    if (third->worker && place.queued && place.owner == third->worker)
+        play_leave_queue(third, &place);
+    play_check_queue_empty(pool);
+    pool_leave(third);
+    bool dead_is_alive = atomic_load(&dead->seat->fd) >= 0;
+    if (dead_is_alive)
+        pool_leave(dead);
+    play_check_workers(pool, 1);
+    if (pool_is_open(pool)) {
+        play_lease_all(pool);
+        return;
+    }
+    struct pool_claim claim;
+    while (play_take_idle(pool, &claim))
+        play_retire(pool, &claim, SHM_T_closed_shutdown);
+    CHECK_EQ(play_count(pool, SLOT_EMPTY), SLOTS);
+}
+
+/* A sum over all that recovery reads: equal sums, equal recoveries. */
+static uint64_t fingerprint(void)
+{
+    uint64_t sum = 14695981039346656037u;
+    struct slab *slab = &pool->slab;
+#define MIX(value) (sum = (sum ^ (uint64_t)(value)) * 1099511628211u)
+    for (uint32_t i = 0; i < SLOTS; i++) {
+        MIX(slab->slots[i].word & ((1 << SLOT_SEQUENCE_SHIFT) - 1));
+        MIX(slab->slots[i].kind);
+        MIX(slab->slots[i].connection != 0);
+    }
+    for (uint32_t i = 0; i < WAITERS; i++)
+        MIX(slab->waiter_words[i] & ((UINT64_C(1) << WAITER_TICKET_SHIFT) - 1));
+    for (uint32_t i = 0; i < WORKERS; i++)
+        MIX(slab->workers[i].state);
+    for (uint32_t i = 0; i < SHM_BITMAPS * slab->layout.bitmap_words; i++)
+        MIX(slab->bitmaps[i]);
+    MIX(slab->header->summary);
+    return sum;
+}
+
+static uint64_t seen[SEEN];
+static bool is_new(uint64_t sum)
+{
+    size_t at = sum % SEEN;
+    while (seen[at] && seen[at] != sum)
+        at = (at + 1) % SEEN;
+    bool fresh = !seen[at];
+    seen[at] = sum;
+    return fresh;
+}
+
+/* What others can have while one is stopped: all that is idle, empty or offered. */
+static void check_others_go_on(void)
+{
+    struct pool_claim claims[SLOTS];
+    unsigned reachable = play_count(pool, SLOT_IDLE) + play_count(pool, SLOT_EMPTY) + play_count(pool, SLOT_OFFERED), got = 0;
+    if (!pool_is_open(pool))
+        return;
+    put_forward_ns += 1000 * PLAY_MS;
+    while (got < SLOTS && play_try(pool, &claims[got]))
+        got++;
+    CHECK(got >= reachable);
+    for (unsigned i = 0; i < got; i++)
+        CHECK_EQ(play_release(pool, &claims[i]), RELEASED);
+}
+
+static unsigned end_at_each_step(const struct operation *operation)
+{
+    unsigned runs = 0;
+    memset(seen, 0, sizeof seen);
+    for (unsigned k = 1;; k++) {
+        begin(operation);
+        int by = k % 2 ? 0 : SIGKILL, status = child(operation->begin, operation->act, k, by, NULL);
+        check_status(operation, k, status);
+        bool fresh = !was_done(status) && is_new(fingerprint());
+        check_whole();
+        finish();
+        runs++;
+        for (unsigned j = 1; fresh; j++) { /* once more for each j, with a recovery that ends there */
+            begin(operation);
+            child(operation->begin, operation->act, k, by, NULL);
+            int recovered = child(registered, act_recover, j, j % 2 ? 0 : SIGKILL, NULL);
+            check_status(operation, k, recovered);
+            check_whole();
+            finish();
+            runs++;
+            if (was_done(recovered))
+                break;
+        }
+        if (was_done(status))
+            return runs;
+    }
+}
+
+static unsigned stop_at_each_step(const struct operation *operation)
+{
+    for (unsigned k = 1;; k++) {
+        pid_t stopped;
+        begin(operation);
+        int status = child(operation->begin, operation->act, k, SIGSTOP, &stopped);
+        check_status(operation, k, status);
+        check_others_go_on();
+        if (stopped) {
+            CHECK(kill(stopped, SIGKILL) == 0);
+            CHECK_EQ(waitpid(stopped, NULL, 0), stopped);
+        }
+        check_whole();
+        finish();
+        if (was_done(status))
+            return k;
+    }
+}
+
+int main(int argc, char **argv)
+{
+    const char *wanted = argc > 1 ? argv[1] : "all", *how = argc > 2 ? argv[2] : "both";
+    bool any = false;
+    for (size_t i = 0; i < sizeof operations / sizeof *operations; i++) {
+        if (strcmp(wanted, "all") && strcmp(wanted, operations[i].name))
+            continue;
+        any = true;
+        printf("%-22s", operations[i].name);
+        fflush(stdout);
+        if (strcmp(how, "stopped"))
+            printf(" ended in %u runs", end_at_each_step(&operations[i]));
+        fflush(stdout);
+        if (strcmp(how, "ended"))
+            printf(" stopped at %u steps", stop_at_each_step(&operations[i]) - 1);
+        printf("\n");
+        fflush(stdout);
+    }
+    CHECK(any);
+}
