@@ -227,8 +227,10 @@ class Family:
     ) -> None:
         if os.getpid() != self._pid:
             return
-        for held in (*self.children, *self._latches):
-            held.close()
+        for child in self.children:
+            child.close()
+        for latch in self._latches:
+            latch.close()
 
 
 def _run(function: Callable[..., object], args: tuple[object, ...], into: int) -> NoReturn:
@@ -303,8 +305,8 @@ def states(pool: Pool) -> dict[str, int]:
 
 @contextlib.contextmanager
 def proven(server: ExclusiveServer, connections: int, *, every_slot: bool = True, **settings: Any) -> Iterator[Pool]:
-    """A pool that proves itself at the end: every slot can be leased, no connection had two users, the cap held, nothing
-    is left at the server or in shared memory."""
+    """A pool that proves itself at the end: every slot can be leased, no connection had two users, the cap held,
+    nothing is left at the server or in shared memory."""
     pool = Pool(server.url, max_connections=connections, **{"min_connections": 0, **settings})
     segment = Path(f"/dev/shm/shmpool-{os.getuid()}-{pool.name}")
     assert segment.exists()

@@ -480,11 +480,12 @@ def what_is_left(pool: Pool, empty: int, fresh: int) -> str:
     return "" if sockets_held() == empty else f"sockets: {sockets_held() - empty}"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_storm_of_signals(make: Callable[..., Pool], server: ExclusiveServer, threads: ThreadPoolExecutor) -> None:
     """Handlers that raise at random moments in one thread, while others go on."""
-    random, turns = chance(), 2000 if LONG else 300
+    random, wanted = chance(), 2000 if LONG else 300
     pool = make(max_connections=3, alive_bypass=0, get_timeout=30)
-    stop = threading.Event()
+    stop, main = threading.Event(), threading.get_ident()
 
     def others() -> int:
         done = 0
@@ -494,32 +495,38 @@ def test_a_storm_of_signals(make: Callable[..., Pool], server: ExclusiveServer, 
                 done += 1
         return done
 
-    def raise_rude(*_: object) -> None:
-        raise Rude
+    def disturb() -> None:
+        while not stop.wait(random.uniform(1e-4, 3e-3)):
+            signal.pthread_kill(main, signal.SIGUSR1)
 
+    armed, interrupted = False, 0
+
+    def raise_rude(*_: object) -> None:
+        if armed:
+            raise Rude
+
+    before = signal.signal(signal.SIGUSR1, raise_rude)
     workers = [threads.submit(others) for _ in range(3)]
-    before = signal.signal(signal.SIGALRM, raise_rude)
-    interrupted = 0
+    disturber = threads.submit(disturb)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # a lease between get() and `with`
-            for _ in range(turns):
+            while interrupted < wanted:
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 2e-3))
-                    try:
-                        while True:
-                            with pool.get() as conn:
-                                conn.socket.settimeout(5)
-                            pool.get().discard()
-                    finally:
-                        signal.setitimer(signal.ITIMER_REAL, 0)
+                    armed = True
+                    with pool.get() as conn:
+                        conn.socket.settimeout(5)
+                    pool.get().discard()
+                    armed = False
                 except Rude:
+                    armed = False
                     interrupted += 1
             gc.collect()
     finally:
-        signal.signal(signal.SIGALRM, before)
+        armed = False
         stop.set()
-    assert interrupted >= turns - 5
+        disturber.result(30)
+        signal.signal(signal.SIGUSR1, before)
     assert all(worker.result(30) for worker in workers)
     until(lambda: pool.stats().in_use == 0, "every lease is home")
     seen = server.stats()

@@ -40,10 +40,15 @@ from tests.processes import (
     until,
     use,
 )
-from tests.servers import ExclusiveServer, Kind, exclusive_use, has_ipv6
+from tests.servers import ExclusiveServer, Kind, ask, exclusive_use, has_ipv6
 
 WAYS: list[Way] = ["os", "libc", "clone"]
-KINDS: list[Any] = ["tcp4", pytest.param("tcp6", marks=pytest.mark.skipif(not has_ipv6(), reason="no ::1")), "unix", "udp4"]
+KINDS: list[Any] = [
+    "tcp4",
+    pytest.param("tcp6", marks=pytest.mark.skipif(not has_ipv6(), reason="no ::1")),
+    "unix",
+    "udp4",
+]
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def family() -> Iterator[Family]:
         yield family
 
 
-# ---- the pool in a child ---------------------------------------------------------------------------------------------
+# ---- the pool in a child -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -183,7 +188,7 @@ def test_two_pools_of_which_a_child_uses_one(server: ExclusiveServer, family: Fa
             end.set()
 
 
-# ---- what is the parent's stays the parent's ---------------------------------------------------------------------------
+# ---- what is the parent's stays the parent's -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("touch_first", [False, True])
@@ -208,9 +213,7 @@ def test_a_lease_carried_over_is_inert(server: ExclusiveServer, family: Family, 
                     act()
             with pytest.raises(LeaseExpired):
                 carried[0].session = 1
-            with pytest.raises(ZeroDivisionError):  # the exception of the block, not ours
-                carried[0].__exit__(*_raised(ZeroDivisionError()))
-                raise ZeroDivisionError
+            carried[0].__exit__(*_raised(ZeroDivisionError()))  # the exception of the block says enough
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 carried.clear()
@@ -231,16 +234,14 @@ def _raised(error: BaseException) -> tuple[type[BaseException], BaseException, N
 @contextlib.contextmanager
 def exclusive(lease: Any, token: str) -> Iterator[None]:
     """An open stretch of exclusive use at the server around the block: a foreign use inside is a violation."""
-    from tests.servers import ask
-
     assert ask(lease.socket, f"BEGIN {token}").startswith("OK")
     yield
     assert ask(lease.socket, f"USE {token}") == "OK"
     assert ask(lease.socket, f"END {token}") == "OK"
 
 
-def test_a_with_block_that_a_fork_happens_in(server: ExclusiveServer, family: Family) -> None:
-    """`with pool.get() as conn: os.fork()`: the block's end gives the connection back in the parent, raises in the child."""
+def test_a_with_block_that_a_fork_happens_in(server: ExclusiveServer) -> None:
+    """Its end gives the connection back in the parent, and raises in the child."""
     with proven(server, 1) as pool:
         out, into = os.pipe()
         pid = -1
@@ -330,7 +331,7 @@ def test_a_child_does_not_inherit_what_a_holder_did_to_its_socket(
         use(pool)
 
 
-# ---- forks at any moment -------------------------------------------------------------------------------------------------
+# ---- forks at any moment -------------------------------------------------------------------------------------------
 
 
 def test_forks_from_any_thread_while_others_lease_dial_and_wait(server: ExclusiveServer, family: Family) -> None:
@@ -386,18 +387,30 @@ def test_forks_from_any_thread_while_others_lease_dial_and_wait(server: Exclusiv
             raise errors[0]
 
 
+def _lease_for_ever(pool: Pool) -> None:
+    while True:
+        pool.get(timeout=10).release()
+
+
 def test_a_fork_while_a_thread_closes_the_pool(server: ExclusiveServer, family: Family) -> None:
     """The child either leases or is told that the pool is closed; it never hangs, and keeps nothing alive."""
 
-    def child() -> list[str]:
+    def child() -> int:
         with contextlib.suppress(PoolClosed):
             use(pool, timeout_s=10)
         with pytest.raises(PoolClosed):
-            while True:
-                pool.get(timeout=10).release()
+            _lease_for_ever(pool)
         left = {at: what for at, what in descriptors().items() if what not in before}
-        assert not [what for what in left.values() if what.startswith("/dev/shm/")]
-        return [what for what in left.values() if what.startswith("socket:")]
+        segments = [at for at, what in left.items() if what.startswith("/dev/shm/")]
+        assert not segments, [Path(f"/proc/self/fdinfo/{at}").read_text() for at in segments]
+        sockets = [at for at, what in left.items() if what.startswith("socket:")]
+        for at in sockets:
+            with socket.socket(fileno=at) as copy:
+                assert copy.family == socket.AF_INET  # no mailbox
+                copy.settimeout(5)
+                with contextlib.suppress(ConnectionError):
+                    assert copy.recv(1) == b""  # it has ended
+        return len(sockets)
 
     random = chance()
     for _ in range(30):
@@ -409,11 +422,11 @@ def test_a_fork_while_a_thread_closes_the_pool(server: ExclusiveServer, family: 
             children = [family.fork(child) for _ in range(3)]
             closer.join()
             for started in children:
-                assert not started.result()
+                assert started.result() <= 1  # what the closing thread had in its hand
                 family.forget(started)
 
 
-def test_a_fork_in_the_dial(server: ExclusiveServer, family: Family) -> None:
+def test_a_fork_in_the_dial(server: ExclusiveServer) -> None:
     """The child returns from the dial too: it dials for itself, and the parent's permit stays the parent's."""
     out, into = os.pipe()
     forked: list[int] = []
@@ -554,8 +567,8 @@ def full_server() -> Iterator[tuple[int, Callable[[], list[socket.socket]]]]:
 def test_a_failed_dial_leaves_nothing_that_a_copy_could_complete(
     family: Family, full_server: tuple[int, Callable[[], list[socket.socket]]]
 ) -> None:
-    """A child forked while a thread dials has a copy of the half-open socket. Its connection must not come to life later,
-    when no permit covers it any more."""
+    """A child forked while a thread dials has a copy of the half-open socket. Its connection must not come to life
+    later, when no permit covers it any more."""
     port, let_in = full_server
     end = family.latch()
     errors: list[BaseException] = []
@@ -586,7 +599,7 @@ def half_open(port: int) -> bool:
     return any(row[3] == "02" and row[2].endswith(f":{port:04X}") for row in rows)
 
 
-# ---- how a child ends ----------------------------------------------------------------------------------------------------
+# ---- how a child ends ----------------------------------------------------------------------------------------------
 
 # A program of its own: a child of pytest must not run pytest's exit handlers.
 ENDINGS = """
@@ -692,7 +705,8 @@ def test_a_living_child_does_not_hide_its_parents_death(
         if gap == "child execs":
             held.set()
             os.execv("/bin/sleep", ["sleep", "5"])
-        _set_and_wait(held, end)
+        else:
+            _set_and_wait(held, end)
 
     def parent() -> None:
         lease = pool.get()
@@ -772,7 +786,7 @@ def test_executed_programs_inherit_nothing(server: ExclusiveServer, family: Fami
         lease.release()
 
 
-# ---- the pools of others that fork ---------------------------------------------------------------------------------------
+# ---- the pools of others that fork ---------------------------------------------------------------------------------
 
 _pool: Pool  # as in a program: a global that the workers inherit
 
@@ -806,7 +820,7 @@ def test_forking_worker_pools(server: ExclusiveServer, by: str) -> None:
         assert {number for _, number in done} <= {1, 2}
 
 
-# ---- close() -------------------------------------------------------------------------------------------------------------
+# ---- close() -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("closer", ["parent", "child"])
@@ -901,11 +915,11 @@ def test_nobody_left_waits_for_a_holder_that_dies_during_close(server: Exclusive
         assert took < 2
 
 
-# ---- descriptors ---------------------------------------------------------------------------------------------------------
+# ---- descriptors ---------------------------------------------------------------------------------------------------
 
 
 def test_descriptors_of_a_child_and_of_its_parent(server: ExclusiveServer, family: Family) -> None:
-    """Whatever a process needs, it has when it has met each connection once: then nothing grows, here or in the parent."""
+    """What a process needs, it has when it has met each connection once: then nothing grows, here or in the parent."""
     with proven(server, 3) as pool:
 
         def child() -> list[int]:

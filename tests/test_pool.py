@@ -468,16 +468,20 @@ class Rude(Exception):
 
 @pytest.fixture
 def alarm() -> Iterator[Callable[[float, Callable[[], object]], None]]:
-    """Call something in a signal handler, once, after so many seconds."""
-    before = signal.getsignal(signal.SIGALRM)
+    """Call something in a signal handler of the main thread, once, after so many seconds. SIGALRM is pytest-timeout's."""
+    before, timers = signal.getsignal(signal.SIGUSR1), []
 
     def arm(after_s: float, action: Callable[[], object]) -> None:
-        signal.signal(signal.SIGALRM, lambda *_: action())
-        signal.setitimer(signal.ITIMER_REAL, after_s)
+        signal.signal(signal.SIGUSR1, lambda *_: action())
+        main = threading.get_ident()
+        timers.append(threading.Timer(after_s, lambda: signal.pthread_kill(main, signal.SIGUSR1)))
+        timers[-1].start()
 
     yield arm
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    for timer in timers:
+        timer.cancel()
+        timer.join()
+    signal.signal(signal.SIGUSR1, before)
 
 
 def raise_rude() -> None:

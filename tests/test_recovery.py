@@ -67,7 +67,7 @@ def timed_full_capacity(pool: Pool, what: str) -> float:
     return took
 
 
-# ---- killed in each state ------------------------------------------------------------------------------------------------
+# ---- killed in each state ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["tcp4", "unix", "udp4"])
@@ -190,9 +190,15 @@ def test_killed_while_waiting_in_the_queue(server: ExclusiveServer, family: Fami
         for waiter in waiters:
             waiter.kill()
         living = family.fork(use, pool)  # the queue is full of the dead
-        until(lambda: [row for row in pool._snapshot()["waiters"]], "the living one waits")
+        until(lambda: living.pid in _waiting(pool) or not living.alive(), "the living one waits")
         lease.release()
         living.result(5)
+
+
+def _waiting(pool: Pool) -> set[int]:
+    snapshot = pool._snapshot()
+    pids = {row[0]: row[1] for row in snapshot["workers"]}
+    return {pids[row[1]] for row in snapshot["waiters"]}
 
 
 def test_killed_with_an_offer_in_its_hands(server: ExclusiveServer, family: Family) -> None:
@@ -307,7 +313,7 @@ def test_a_recoverer_that_is_stopped_holds_up_only_what_it_has(server: Exclusive
         print(f"while it was stopped: {stuck}")
 
 
-# ---- killed at any moment --------------------------------------------------------------------------------------------------
+# ---- killed at any moment ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("act", ["get and release", "discard", "hand over", "dial", "first touch"])
@@ -355,7 +361,7 @@ def _spin(seconds: float) -> None:
         pass
 
 
-# ---- the table of workers ------------------------------------------------------------------------------------------------
+# ---- the table of workers ------------------------------------------------------------------------------------------
 
 
 def test_short_lived_children_reuse_the_worker_table(server: ExclusiveServer, family: Family) -> None:
@@ -422,7 +428,7 @@ def test_more_processes_than_places(server: ExclusiveServer, family: Family) -> 
         family.fork(use, pool).result()
 
 
-# ---- connections of several kinds ------------------------------------------------------------------------------------------
+# ---- connections of several kinds ----------------------------------------------------------------------------------
 
 
 class Plain:
@@ -451,9 +457,7 @@ def private_dial(server: ExclusiveServer) -> Callable[[object], socket.socket]:
 
 @pytest.mark.parametrize("leased", [False, True])
 @pytest.mark.parametrize("how", ["KILL", "exit", "lives"])
-def test_private_connections_whose_owner_goes(
-    server: ExclusiveServer, family: Family, how: str, leased: bool
-) -> None:
+def test_private_connections_whose_owner_goes(server: ExclusiveServer, family: Family, how: str, leased: bool) -> None:
     """A TLS connection is of use to its opener alone. When that one dies, or another needs the permit, it is ended."""
     owned, go = family.latch(), family.latch()
 
@@ -536,7 +540,7 @@ def test_several_kinds_under_one_cap_while_holders_die(family: Family) -> None:
             until(lambda server=server: server.stats()["open"] == 0, "all ended", 5)  # type: ignore[misc]
 
 
-# ---- a recoverer in trouble ------------------------------------------------------------------------------------------------
+# ---- a recoverer in trouble ----------------------------------------------------------------------------------------
 
 
 def test_a_recoverer_without_descriptors_does_not_break_the_cap(server: ExclusiveServer, family: Family) -> None:

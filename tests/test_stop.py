@@ -74,7 +74,7 @@ def test_stopped_with_a_lease(server: ExclusiveServer, family: Family) -> None:
 
 @pytest.mark.parametrize("waiters", [1, 3])
 def test_stopped_in_the_queue(server: ExclusiveServer, family: Family, waiters: int) -> None:
-    """What is offered to a stopped waiter passes on to the living ones behind it, and it finds its turn when it wakes."""
+    """What is offered to a stopped waiter passes on to those behind it; it finds its turn when it wakes."""
     with proven(server, 1) as pool:
         lease = pool.get()
         stopped = family.fork(use, pool)
@@ -178,8 +178,8 @@ def _progress(turns: Counters, places: range, seconds: float) -> tuple[int, floa
 
 
 def test_the_others_go_on_at_their_pace(server: ExclusiveServer, family: Family) -> None:
-    """Four workers on three connections; one is stopped in the middle of its loop. It holds one connection at most, so the
-    others have two left: their throughput falls by a third if every turn needs its connection all the time."""
+    """Four workers on three connections; one is stopped in the middle of its loop. It holds one connection at most, so
+    the others have two left: their throughput falls by a third if every turn needs its connection all the time."""
     random = chance()
     period, times = (5.0, 3) if LONG else (0.12, 12)
     turns = Counters(OTHERS + 1)
@@ -212,9 +212,7 @@ def _end(children: list[Child]) -> None:
 
 @pytest.mark.parametrize("discard_every", [0, 2])
 @pytest.mark.parametrize("threads", [0, 3])
-def test_stopped_at_any_moment(
-    server: ExclusiveServer, family: Family, threads: int, discard_every: int
-) -> None:
+def test_stopped_at_any_moment(server: ExclusiveServer, family: Family, threads: int, discard_every: int) -> None:
     """Hundreds of times: a worker is stopped after a random number of microseconds in get, release, hand-over or dial;
     every permit but one can be leased at once. It goes on, or is killed as it stands: then all of them."""
     random = chance()

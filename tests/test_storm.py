@@ -21,7 +21,9 @@ from tests.servers import ExclusiveServer, exclusive_use
 WORKERS, THREADS, CONNECTIONS = 8, 4, 4
 LENGTHS: list[Any] = [
     "short",
-    pytest.param("long", marks=[pytest.mark.slow, pytest.mark.skipif(not LONG, reason="SHMPOOL_TEST_LONG=1 asks for it")]),
+    pytest.param(
+        "long", marks=[pytest.mark.slow, pytest.mark.skipif(not LONG, reason="SHMPOOL_TEST_LONG=1 asks for it")]
+    ),
 ]
 
 
@@ -38,7 +40,7 @@ def family() -> Iterator[Family]:
 
 
 def worker(pool: Pool, end: float, turns: Counters, place: int, use_s: float = 0.0) -> tuple[int, int]:
-    """In a child: THREADS threads lease, use, release until `end`; its descriptors after its first turns, and at last."""
+    """In a child: THREADS threads lease, use, release until `end`; its descriptors after a few turns, and at last."""
     errors: list[BaseException] = []
     counts = [0] * THREADS
     early: list[int] = []
@@ -104,7 +106,7 @@ def test_workers_are_killed_at_random_and_replaced(
         places: dict[int, Child] = {at: family.fork(worker, pool, end, turns, at) for at in range(1, WORKERS)}
         kills = 0
         while time.monotonic() < end - 0.5:
-            time.sleep(random.uniform(0.2, 1.2) * seconds / wanted / 1.5)  # sleep: the storm's pace
+            time.sleep(random.uniform(0.2, 1.2) * seconds / wanted / 2)  # sleep: the storm's pace
             place = random.choice([*places])
             places[place].kill()
             family.forget(places[place])

@@ -33,7 +33,8 @@ typedef struct {
     PyObject_HEAD
     struct pool pool;
     bool made;            /* pool_create succeeded */
-    bool finished;        /* resources given back */
+    bool finished;        /* resources given back, or being given back by `finisher` */
+    pid_t finisher;
     uint32_t generation;  /* of pool.generation when sessions were last looked at */
     uint32_t mask;        /* buckets that get() takes when it is not told */
     uint64_t default_timeout_ns;
@@ -333,14 +334,28 @@ static void forget_foreign(PoolObject *self)
     }
 }
 
+/* The parent was giving its part back when it forked this child: give our copies back. */
+static void finish_for_parent(PoolObject *self)
+{
+    if (!self->made || !self->finished || self->pool.slab_fd < 0 || self->finisher == getpid())
+        return;
+    self->finisher = getpid();
+    forget_foreign(self);
+    drop_entries(self);
+    pool_release_descriptors(&self->pool);
+}
+
 /* The pool is closed: once this process holds nothing, give everything back but the mapping, after a last look for the dead, whose
  * connections would else stay open for as long as somebody has their letters. */
 static void finish(PoolObject *self)
 {
     struct pool *pool = &self->pool;
-    if (!self->made || self->finished || (pool_joined(pool) && pool_holds_any(pool)))
+    if (!self->made || self->finished || (pool_joined(pool) && pool_holds_any(pool))) {
+        finish_for_parent(self);
         return;
+    }
     self->finished = true;
+    self->finisher = getpid();
     forget_foreign(self);
     Py_BEGIN_ALLOW_THREADS
     if (pool_joined(pool))
@@ -760,6 +775,7 @@ struct request {
     uint64_t timeout_ns, begun_ns, deadline_ns; /* without may_wait the deadline is NEVER: only a dial takes time */
     uint64_t linger_ns;   /* what is left of the time for peers to close, over all connections that this call ends */
     uint32_t generation;  /* of the handle when it began, or began anew after a fork */
+    bool resorted;        /* last_resort() was tried */
     bool woken;           /* the last sleep in the queue ended by a wake-up */
     struct waiter_place place;
 };
@@ -933,25 +949,32 @@ static void leave_queue(PoolObject *self, struct request *request)
     hist_add(&pool->slab.totals->wait, waited, 1);
 }
 
-/* Nothing is free. Join the queue, or sleep in it. False with an exception. */
-static bool wait_turn(PoolObject *self, struct request *request)
+/* Before a call gives up: what the dead hold may not have been looked for in the last moment. True: look once more. */
+static bool last_resort(PoolObject *self, struct request *request)
+{
+    if (request->resorted)
+        return false;
+    request->resorted = true;
+    Py_BEGIN_ALLOW_THREADS
+    recovery_run(&self->pool, true);
+    Py_END_ALLOW_THREADS
+    return true;
+}
+
+/* Nothing is free, and there is no time to wait, or no place. True: look once more; false with an exception. */
+static bool give_up(PoolObject *self, struct request *request, unsigned counter, const char *kind)
+{
+    if (last_resort(self, request))
+        return true;
+    pool_count(&self->pool, counter, 1);
+    raise_error(self, kind, request->mask, clock_now() - request->begun_ns, request->timeout_ns);
+    return false;
+}
+
+/* Sleep in the queue, until woken or for a slice. False with an exception. */
+static bool sleep_in_queue(PoolObject *self, struct request *request, uint64_t now)
 {
     struct pool *pool = &self->pool;
-    uint64_t now = clock_now();
-    if (!request->may_wait || now >= request->deadline_ns) {
-        pool_count(pool, request->may_wait ? SHM_W_timeouts : SHM_W_exhausted, 1);
-        raise_error(self, request->may_wait ? "timeout" : "exhausted", request->mask, now - request->begun_ns,
-                    request->timeout_ns);
-        return false;
-    }
-    if (!request->place.queued) {
-        pool_count(pool, SHM_W_waits, 1);
-        if (waiter_enter(&pool->slab, &request->place, pool->worker, request->mask, (uint32_t)gettid(), now))
-            return true; /* look once more, now that everybody can see that we wait */
-        pool_count(pool, SHM_W_exhausted, 1);
-        raise_error(self, "waiters", request->mask, now - request->begun_ns, request->timeout_ns);
-        return false;
-    }
     uint64_t waited = now - request->place.since_ns, slice = WAITER_SLICE_NS;
     if (request->woken && waited < WAITER_HANDOVER_AFTER_NS) { /* woken in vain */
         if (!waiter_be_patient(&pool->slab, &request->place)) {
@@ -965,17 +988,37 @@ static bool wait_turn(PoolObject *self, struct request *request)
     Py_BEGIN_ALLOW_THREADS
     request->woken = waiter_sleep(&pool->slab, &request->place, slice);
     Py_END_ALLOW_THREADS
-    if (PyErr_CheckSignals()) {
-        if (!forked_since(self, request->generation))
-            pool_count(pool, SHM_W_interrupted, 1);
-        return false;
-    }
-    if (!forked_since(self, request->generation)) {
-        if (clock_now() - now >= WAITER_SLICE_NS)
-            pool_return_promise(pool, waiter_rematch(&pool->slab, &request->place));
+    bool interrupted = PyErr_CheckSignals() != 0; /* a handler may have forked, or closed the pool */
+    if (forked_since(self, request->generation))
+        return !interrupted;
+    if (interrupted)
+        pool_count(pool, SHM_W_interrupted, 1);
+    else
         waiter_prepare(&pool->slab, &request->place);
+    return !interrupted;
+}
+
+/* Nothing is free: join the queue, or sleep in it. True: look again; false with an exception. */
+static bool wait_turn(PoolObject *self, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    uint64_t now = clock_now();
+    if (!request->may_wait)
+        return give_up(self, request, SHM_W_exhausted, "exhausted");
+    if (now >= request->deadline_ns)
+        return give_up(self, request, SHM_W_timeouts, "timeout");
+    if (request->place.queued && waiter_promised(&pool->slab, &request->place) >= 0) {
+        /* Promised, but the look did not find the offer. */
+        pool_return_promise(pool, waiter_rematch(&pool->slab, &request->place));
+        waiter_prepare(&pool->slab, &request->place);
+        return true;
     }
-    return true;
+    if (request->place.queued)
+        return sleep_in_queue(self, request, now);
+    if (!waiter_enter(&pool->slab, &request->place, pool->worker, request->mask, (uint32_t)gettid(), now))
+        return give_up(self, request, SHM_W_exhausted, "waiters");
+    pool_count(pool, SHM_W_waits, 1);
+    return true; /* look once more, now that everybody can see that we wait */
 }
 
 /* One look at everything. A lease; or NULL with an exception; or NULL without: look again. */
@@ -1353,8 +1396,10 @@ static PyObject *pool_shut__alone(PoolObject *self)
     if (!check_made(self))
         return NULL;
     struct pool *pool = &self->pool;
-    if (self->finished)
+    if (self->finished) {
+        finish_for_parent(self);
         return PyLong_FromLong(0);
+    }
     if (!ensure_joined(self))
         return NULL;
     pool_shut(pool);
@@ -1377,8 +1422,10 @@ static PyObject *pool_finish_alone(PoolObject *self)
 /* _leave() -> None: this process takes no further part; the pool lives on for the others. */
 static PyObject *pool_leave__alone(PoolObject *self)
 {
+    finish_for_parent(self);
     if (self->made && !self->finished) {
         self->finished = true;
+        self->finisher = getpid();
         forget_foreign(self);
         Py_BEGIN_ALLOW_THREADS
         pool_leave(&self->pool);

@@ -218,6 +218,17 @@ void waiter_wake_all(struct slab *slab)
         }
 }
 
+/* Wake the waiter that `matched` an offer. If it had been woken for something else before, or has served itself meanwhile, there
+ * is one wake-up too many in it: that one is passed on, because what it was for may lie free. */
+static void wake_for_offer(struct slab *slab, uint32_t cell, uint64_t matched)
+{
+    bool had = SHM_SWAP_SEQ(futex, slab->waiters[cell].futex, WAITER_WOKEN) == WAITER_WOKEN;
+    if (!had)
+        futex_wake(&slab->waiters[cell].futex);
+    if (had || SHM_LOAD_SEQ(offer, slab->waiter_words[cell]) != matched)
+        waiter_wake_first(slab, WAITER_ANY_BUCKET);
+}
+
 enum waiter_offered waiter_offer(struct slab *slab, uint32_t slot, uint64_t *word, uint32_t mask, uint64_t now)
 {
     struct slot_shm *row = &slab->slots[slot];
@@ -231,12 +242,11 @@ enum waiter_offered waiter_offer(struct slab *slab, uint32_t slot, uint64_t *wor
         if (!SHM_CAS_SEQ(offer, slab->waiter_words[seen.cell], &seen.word, matched))
             continue;
         if (!slot_move(row, word, owner, SLOT_OFFERED)) {
-            if (SHM_CAS_SEQ(offer, slab->waiter_words[seen.cell], &matched, seen.word))
-                wake(slab, seen.cell); /* another releaser may have passed it over meanwhile */
+            wake(slab, seen.cell); /* it finds no offer and stands in the queue again by itself: the match may be another's by now */
             return WAITER_LOST;
         }
         if (SHM_LOAD_SEQ(offer, slab->waiter_words[seen.cell]) == matched) {
-            wake(slab, seen.cell);
+            wake_for_offer(slab, seen.cell, matched);
             return WAITER_OFFERED;
         }
         /* it has left: take the offer back, unless it or a thief was quicker */

@@ -10,13 +10,12 @@
  *   from      to        function          who
  *   FREE      WAITING   waiter_enter      a thread that found nothing; ticket = its place
  *   WAITING   MATCHED   waiter_offer      a releaser that will offer `slot` to it
- *   MATCHED   WAITING   waiter_offer      the same, when it lost the slot
- *   MATCHED   WAITING   waiter_rematch    the waiter, when no offer came within a slice (the releaser died or was stopped)
+ *   MATCHED   WAITING   waiter_rematch    the waiter, when a look finds no offer: it is not made yet, was taken, or will never come
  *   any       FREE      waiter_leave      the waiter: served, timed out, interrupted
  *   any       FREE      waiter_forget     recovery of a dead owner
  *
- * The slot word stays the only truth: MATCHED is a promise, OFFERED (slot.h) is the deed. Whoever dies or is stopped
- * between the two costs its waiter one slice. An offer that is not claimed within OFFER_TTL may be claimed by anyone, so a
+ * The slot word stays the only truth: MATCHED is a promise, OFFERED (slot.h) is the deed. A waiter never sleeps MATCHED without an
+ * offer: it stands in the queue again, and a releaser that comes late with the deed sees that and takes it back. An offer that is not claimed within OFFER_TTL may be claimed by anyone, so a
  * stopped or dead addressee costs the others no more than that.
  *
  * Wake-ups without a hand-over: as long as the first waiter has waited less than HANDOVER_AFTER, a released slot stays
@@ -100,7 +99,7 @@ int64_t waiter_leave(struct slab *slab, struct waiter_place *place);
 void waiter_prepare(struct slab *slab, struct waiter_place *place);
 /* The slot promised to this place, or -1. */
 int64_t waiter_promised(struct slab *slab, struct waiter_place *place);
-/* No offer came in a slice: stand in the queue again, at the same place. Returns the slot that was promised, or -1: the offer may
+/* A look found no offer: stand in the queue again, at the same place. Returns the slot that was promised, or -1: the offer may
  * have come this moment, and the caller gives it back like a leaver. */
 int64_t waiter_rematch(struct slab *slab, struct waiter_place *place);
 /* The last look, after a wake-up, found nothing: be patient. False: woken again meanwhile, look again. */

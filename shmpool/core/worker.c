@@ -17,16 +17,23 @@
 
 static _Atomic(struct seat *) seats;
 static pthread_once_t seats_once = PTHREAD_ONCE_INIT;
-/* Held while a seat is opened and noted, and across fork(): so a child never inherits a seat that is not in the list. */
+/* Held while a seat is opened and noted, while it is closed, and across fork(): a child inherits no seat that is not in the list. */
 static pthread_mutex_t seats_mutex = PTHREAD_MUTEX_INITIALIZER;
 
 static void before_fork(void) { pthread_mutex_lock(&seats_mutex); }
 static void after_fork_parent(void) { pthread_mutex_unlock(&seats_mutex); }
 
+static void close_now(struct seat *seat)
+{
+    int fd = atomic_exchange(&seat->fd, -1);
+    if (fd >= 0)
+        close(fd);
+}
+
 static void after_fork_child(void)
 {
     for (struct seat *seat = atomic_load_explicit(&seats, memory_order_acquire); seat; seat = seat->next)
-        seat_close(seat);
+        close_now(seat);
     pthread_mutex_unlock(&seats_mutex); /* this thread locked it in before_fork() */
 }
 
@@ -79,9 +86,9 @@ int seat_open(struct seat *seat, int slab_fd)
 
 void seat_close(struct seat *seat)
 {
-    int fd = atomic_exchange(&seat->fd, -1);
-    if (fd >= 0)
-        close(fd);
+    pthread_mutex_lock(&seats_mutex); /* a child forked between the two steps would keep the seat, and the byte, for ever */
+    close_now(seat);
+    pthread_mutex_unlock(&seats_mutex);
 }
 
 void seat_give_back(struct seat *seat)

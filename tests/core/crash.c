@@ -6,7 +6,7 @@
  *            state of the slab that was not seen before the recovery itself is ended at each step j, and then done by another.
  *   stopped  whatever is idle, empty or offered is had by others, who never wait for the stopped one; it is then killed, and as above.
  *
- *   crash [OPERATION|all] [ended|stopped|both]
+ *   crash [OPERATION|all|I/N] [ended|stopped|both]     I/N: the operations I, I + N, I + 2N, ...
  *
  * The clock is a stand-in that can be put forward, so nobody waits for time to pass.
  */
@@ -413,7 +413,9 @@ int main(int argc, char **argv)
     const char *wanted = argc > 1 ? argv[1] : "all", *how = argc > 2 ? argv[2] : "both";
     bool any = false;
     for (size_t i = 0; i < sizeof operations / sizeof *operations; i++) {
-        if (strcmp(wanted, "all") && strcmp(wanted, operations[i].name))
+        unsigned part, parts;
+        bool by_part = sscanf(wanted, "%u/%u", &part, &parts) == 2;
+        if (by_part ? i % parts != part : strcmp(wanted, "all") && strcmp(wanted, operations[i].name))
             continue;
         any = true;
         printf("%-22s", operations[i].name);

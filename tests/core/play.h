@@ -29,6 +29,10 @@
 /* No sockets: connections are numbers only (for schedulers that replay millions of runs). */
 PLAY bool play_bare;
 
+/* All handles use the founder's mapping: ThreadSanitizer, and who compares addresses, takes two mappings for two memories. */
+PLAY bool play_one_mapping;
+PLAY struct pool *play_founder;
+
 PLAY struct slab_identity play_identity(void)
 {
     static uint8_t id[16] = "a slab of a test";
@@ -58,7 +62,7 @@ PLAY struct pool *play_found(uint32_t slots, uint32_t workers, uint32_t waiters,
     struct pool *pool = calloc(1, sizeof *pool);
     CHECK(pool && slab_layout(&layout, slots, workers, waiters));
     CHECK_EQ(pool_create(pool, play_memory(layout.total_size), &layout, &who, &options), POOL_OK);
-    return pool;
+    return play_founder = pool;
 }
 
 /* A further player on the same slab, not registered yet. */
@@ -71,7 +75,7 @@ PLAY struct pool *play_attach(const struct pool *first)
     pool->options = first->options;
     pool->cache.size = first->cache.size;
     pool->slab_fd = dup(first->slab_fd);
-    void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, pool->slab_fd, 0);
+    void *base = play_one_mapping ? first->slab.header : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, pool->slab_fd, 0);
     CHECK(base != MAP_FAILED);
     CHECK_EQ(slab_open(&pool->slab, base, size), SLAB_OK);
     pool->entries = calloc(slots, sizeof *pool->entries);
@@ -106,6 +110,8 @@ PLAY void play_end(struct pool *pool)
 {
     for (uint32_t i = 0; i < pool->slab.layout.max_slots; i++)
         play_drop_entry(&pool->entries[i]);
+    if (play_one_mapping && pool != play_founder)
+        pool->slab.header = NULL; /* not ours to unmap */
     pool_free(pool);
     free(pool);
 }
@@ -172,9 +178,9 @@ PLAY void play_retire(struct pool *pool, struct pool_claim *claim, unsigned reas
     uint64_t connection = atomic_load_explicit(&pool->slab.slots[claim->slot].connection, memory_order_relaxed);
     int fd = entry->connection == connection ? entry->fd : -1;
     pool_end(pool, claim, &fd, 1, CONNECTION_LINGER_NS);
-    pool_empty(pool, claim, reason);
     if (fd >= 0)
-        play_drop_entry(entry);
+        play_drop_entry(entry); /* the entry is the next holder's from pool_empty() on */
+    pool_empty(pool, claim, reason);
 }
 
 /* Take what is idle or offered for ending, as a closer does; false when there is none. */

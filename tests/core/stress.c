@@ -121,6 +121,7 @@ int main(int argc, char **argv)
     struct check_random random = check_seed(argc > 2 ? argv[2] : NULL);
     struct player players[THREADS];
     pthread_t threads[THREADS], mortal;
+    play_one_mapping = true;
     first = play_found(SLOTS, HANDLES + 3, 4, 2);
     for (int i = 0; i < THREADS; i++) {
         struct pool *pool = i % 2 ? players[i - 1].pool : play_join(first);
