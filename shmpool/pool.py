@@ -54,11 +54,11 @@ _FAMILIES = {socket.AF_INET: IPVersion.V4, socket.AF_INET6: IPVersion.V6}
 _PROTOCOLS = {socket.SOCK_STREAM: Protocol.TCP, socket.SOCK_DGRAM: Protocol.UDP}
 # What socket.socket() must be told of a descriptor's bucket; -1: it looks (a dial may make unix sockets of any type).
 _SOCKET_KINDS = (
-    (socket.AF_INET, socket.SOCK_STREAM),
-    (socket.AF_INET6, socket.SOCK_STREAM),
-    (socket.AF_INET, socket.SOCK_DGRAM),
-    (socket.AF_INET6, socket.SOCK_DGRAM),
-    (-1, -1),
+    (socket.AF_INET, socket.SOCK_STREAM, 0),
+    (socket.AF_INET6, socket.SOCK_STREAM, 0),
+    (socket.AF_INET, socket.SOCK_DGRAM, 0),
+    (socket.AF_INET6, socket.SOCK_DGRAM, 0),
+    (-1, -1, -1),
 )
 _LIFETIME_JITTER = 0.1  # connections of one birth end within this share of their lifetime
 _SPARE_DESCRIPTORS = 64  # left to the rest of the process when the limit is checked

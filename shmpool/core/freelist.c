@@ -10,6 +10,8 @@ void freelist_put(struct slab *slab, unsigned list, uint32_t slot)
     uint64_t bit = UINT64_C(1) << (slot % 64);
     if (!(SHM_LOAD(freelist, *word) & bit)) /* reading first keeps the line shared when the bit is there already */
         SHM_OR(freelist, *word, bit);
+    if (!(SHM_LOAD(freelist, slab->header->listed) >> list & 1))
+        SHM_OR(freelist, slab->header->listed, 1u << list);
 }
 
 void freelist_put_idle(struct slab *slab, uint32_t slot)
@@ -36,6 +38,8 @@ static int take_bit(a64_shm *word, unsigned from)
 int64_t freelist_take(struct slab *slab, unsigned list, uint32_t start)
 {
     assert(list < SHM_BITMAPS && start < slab->layout.max_slots);
+    if (!(SHM_LOAD(freelist, slab->header->listed) >> list & 1))
+        return -1;
     uint32_t words = slab->layout.bitmap_words, first = start / 64;
     a64_shm *bitmap = &slab->bitmaps[(uint64_t)list * words];
     for (uint32_t i = 0; i <= words; i++) { /* the first word twice: above `start`, at last below it */
@@ -47,5 +51,6 @@ int64_t freelist_take(struct slab *slab, unsigned list, uint32_t start)
         if (slot < slab->layout.max_slots) /* read from shared memory: validated, never trusted */
             return slot;
     }
+    SHM_AND(freelist, slab->header->listed, ~(1u << list)); /* a bit set this moment is forgotten: a scan will find its slot */
     return -1;
 }

@@ -4,6 +4,8 @@
  * a scan of the slot words (pool.c: every get() scans before it dials, evicts or sleeps). So nothing here needs repair, and a
  * linked list, which a second push would tie into a ring, is not used.
  *
+ * A word in the header says which lists may have any bit at all, so that an empty list costs a load and not a walk.
+ *
  * ORDER(freelist): relaxed. Bits are hints (see above); the slot word that is checked next carries the order.
  */
 #ifndef SHMPOOL_FREELIST_H

@@ -87,6 +87,7 @@ void slab_format_new(struct slab *slab, void *base, const struct slab_layout *la
     SHM_STORE(hint, header->next_connection, 1);
     SHM_STORE(hint, header->next_ticket, 1);
     SHM_STORE(hint, header->state, SHM_POOL_OPEN);
+    SHM_STORE(hint, header->listed, 1u << SHM_EMPTY_LIST);
     for (uint32_t i = 0; i < layout->max_workers; i++)
         SHM_STORE(hint, slab->workers[i].state, SHM_WORKER_FREE);
     for (uint64_t i = 0; i < round_up(layout->max_waiters, SHM_WAITER_GROUP); i++)

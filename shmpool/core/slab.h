@@ -136,6 +136,8 @@ struct header_shm {
     _Alignas(64) a64_shm next_connection;  /* the id of the next connection */
     a64_shm next_ticket;                   /* the place of the next waiter */
     a64_shm recovery_checked_ns;           /* when somebody last looked for dead workers (hint) */
+    a32_shm listed;                        /* bit i: free-list i may have a bit (hint) */
+    a32_shm padding_d;
     a64_shm retired;                       /* connections retired so far: "close your stale copies" (hint) */
 };
 
