@@ -314,8 +314,8 @@ MUTANTS = [
     Mutant(
         "a forked child keeps the seats",
         "worker.c",
-        "seat = seat->next)\n        seat_close(seat);",
-        "seat = seat->next)\n        (void)seat_close;",
+        "seat = seat->next)\n        close_now(seat);",
+        "seat = seat->next)\n        (void)close_now;",
         "test_worker",
     ),
     Mutant("a fork does not wipe", "worker.c", "madvise(page, size, MADV_WIPEONFORK)", "0", "test_worker"),

@@ -192,7 +192,7 @@ def test_a_dial_that_returns_garbage(make: Callable[..., Pool], server: Exclusiv
     assert caught.value.__cause__ is not None
     assert states(pool) == {"empty": 1}
     held = [what for what in descriptors().values() if what.startswith("socket")]
-    until(lambda: server.stats()["open"] == 0, f"sockets in garbage are closed at once: {held}")
+    until(lambda: server.stats()["open"] == 0, f"sockets in garbage are closed at once: {held}", 3)
     pool.get().release()
 
 

@@ -761,12 +761,12 @@ def test_executed_programs_inherit_nothing(server: ExclusiveServer, family: Fami
     with proven(server, 2) as pool:
         lease_every_slot(pool)
         lease = pool.get()
+        kept = []
         ours = {what for what in descriptors().values() if what.startswith(("socket:", "/dev/shm/shmpool-"))}
 
         def exec_while_leasing() -> None:
-            mine = pool.get()
+            kept.append(pool.get())
             os.execv("/bin/sleep", ["sleep", "60"])
-            del mine
 
         spawned = os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
         popen = subprocess.Popen(["/bin/sleep", "60"], close_fds=False)

@@ -169,7 +169,10 @@ static void parts_close(struct parts *parts)
         PyObject *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
         PyObject *result = PyObject_CallMethod(parts->socket, "close", NULL);
-        if (!result)
+        if (!result && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
+            PyErr_Clear();
+            PyErr_SetInterrupt(); /* Ctrl-C landed here by chance: it comes again when this is done */
+        } else if (!result)
             PyErr_WriteUnraisable(parts->socket);
         Py_XDECREF(result);
         PyErr_Restore(type, value, traceback);

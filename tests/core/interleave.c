@@ -31,7 +31,7 @@ struct fiber {
     void (*body)(void);
     struct pool *pool;
     enum fiber_state state;
-    bool begun, timed_out, has;
+    bool begun, has;
     a32_shm *futex;
     struct pool_claim claim; /* what it holds, when `has` */
 };
@@ -141,7 +141,6 @@ static void drop_locks(const struct fiber *fiber)
 
 static void time_out(struct fiber *fiber)
 {
-    fiber->timed_out = true;
     fiber->state = READY;
     now_ns += WAITER_SLICE_NS;
 }
@@ -157,6 +156,20 @@ static bool free_in_reach(void)
     return false;
 }
 
+/* Those who were woken in vain and asked not to be woken again soon sleep less than a slice. */
+static bool end_patience(void)
+{
+    bool any = false;
+    for (unsigned i = 0; i < scenario->fibers; i++)
+        if (fibers[i].state == ASLEEP && atomic_load(fibers[i].futex) == WAITER_PATIENT) {
+            fibers[i].state = READY;
+            any = true;
+        }
+    if (any)
+        now_ns += WAITER_HANDOVER_AFTER_NS;
+    return any;
+}
+
 /* Nobody can run. Sleepers: with nobody dead or stopped they should not be there; else their slices end. */
 static bool end_slices(void)
 {
@@ -165,6 +178,8 @@ static bool end_slices(void)
         asleep += fibers[i].state == ASLEEP;
     if (!asleep)
         return false;
+    if (end_patience())
+        return true;
     if (!used.kills && !used.stops) {
         fprintf(stderr, "interleave: %u asleep for ever%s\n", asleep, free_in_reach() ? ", beside a free slot" : "");
         tell_choices();
@@ -280,9 +295,8 @@ long stand_in_syscall(long number, ...)
             return -1;
         current->state = ASLEEP;
         current->futex = futex;
-        current->timed_out = false;
         yield_for_good();
-        return current->timed_out ? -1 : 0;
+        return 0; /* nobody looks at it */
     }
     CHECK_EQ(operation, FUTEX_WAKE);
     for (unsigned i = 0; i < scenario->fibers; i++)

@@ -222,23 +222,39 @@ PLAY void play_leave_queue(struct pool *pool, struct waiter_place *place)
         pool_return_promise(pool, waiter_leave(&pool->slab, place));
 }
 
-/* Sleep, unless the place is still promised what did not come: then stand in the queue again and look once more. */
-PLAY void play_sleep(struct pool *pool, struct waiter_place *place, uint64_t deadline)
+/* One call of get. */
+struct play_request {
+    uint32_t mask;
+    uint64_t deadline;
+    struct waiter_place place;
+    bool woken; /* the last sleep ended by a wake-up */
+};
+
+PLAY void play_sleep(struct pool *pool, struct play_request *request, uint64_t now)
 {
-    uint64_t now = clock_now();
-    if (waiter_promised(&pool->slab, place) >= 0)
+    struct waiter_place *place = &request->place;
+    uint64_t waited = now - place->since_ns, slice = WAITER_SLICE_NS;
+    if (waiter_promised(&pool->slab, place) >= 0) { /* promised, but the look did not find the offer */
         pool_return_promise(pool, waiter_rematch(&pool->slab, place));
-    else
-        waiter_sleep(&pool->slab, place, deadline - now < WAITER_SLICE_NS ? deadline - now : WAITER_SLICE_NS);
+        waiter_prepare(&pool->slab, place);
+        return;
+    }
+    if (request->woken && waited < WAITER_HANDOVER_AFTER_NS) { /* woken in vain */
+        if (!waiter_be_patient(&pool->slab, place)) {
+            waiter_prepare(&pool->slab, place);
+            return;
+        }
+        slice = WAITER_HANDOVER_AFTER_NS - waited;
+    }
+    request->woken = waiter_sleep(&pool->slab, place, request->deadline - now < slice ? request->deadline - now : slice);
     waiter_prepare(&pool->slab, place);
 }
 
 /* One look: true when it is decided. */
-PLAY bool play_look(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim, uint64_t deadline,
-                    enum play_got *got)
+PLAY bool play_look(struct pool *pool, struct play_request *request, struct pool_claim *claim, enum play_got *got)
 {
     *got = PLAY_GOT;
-    switch (pool_take(pool, mask, place, claim)) {
+    switch (pool_take(pool, request->mask, &request->place, claim)) {
     case TAKEN_LEASED:
         return true;
     case TAKEN_DIAL:
@@ -261,25 +277,25 @@ PLAY bool play_look(struct pool *pool, uint32_t mask, struct waiter_place *place
     }
     uint64_t now = clock_now();
     *got = PLAY_TIMED_OUT;
-    if (now >= deadline)
+    if (now >= request->deadline)
         return true;
-    if (!place->queued) {
+    if (!request->place.queued) {
         *got = PLAY_CROWDED;
-        return !waiter_enter(&pool->slab, place, pool->worker, mask, 1, now);
+        return !waiter_enter(&pool->slab, &request->place, pool->worker, request->mask, 1, now);
     }
-    play_sleep(pool, place, deadline);
+    play_sleep(pool, request, now);
     return false;
 }
 
 PLAY enum play_got play_get_any(struct pool *pool, uint32_t mask, uint64_t timeout_ns, struct pool_claim *claim)
 {
-    struct waiter_place place = {0};
     uint64_t begun = clock_now(), deadline = timeout_ns > PLAY_NEVER - begun ? PLAY_NEVER : begun + timeout_ns;
+    struct play_request request = {.mask = mask, .deadline = deadline};
     enum play_got got = PLAY_GOT;
     if (!pool_is_open(pool) || !pool_take_cached(pool, mask, claim))
-        while (!play_look(pool, mask, &place, claim, deadline, &got))
+        while (!play_look(pool, &request, claim, &got))
             ;
-    play_leave_queue(pool, &place);
+    play_leave_queue(pool, &request.place);
     return got;
 }
 

@@ -50,6 +50,7 @@ static void beyond_the_end(void)
     pool = play_found(70, 1, 1, 0);
     for (uint32_t word = 0; word < pool->slab.layout.bitmap_words; word++)
         pool->slab.bitmaps[word] = UINT64_MAX;
+    pool->slab.header->listed = UINT32_MAX;
     uint32_t taken = 0;
     int64_t slot;
     while ((slot = freelist_take(&pool->slab, 0, 69)) >= 0) {
@@ -57,6 +58,22 @@ static void beyond_the_end(void)
         CHECK(++taken <= 70);
     }
     CHECK(taken >= 69); /* a word whose bit was beyond the end may cost one look */
+    play_leave(pool);
+}
+
+/* The word that says which lists have any bit is a hint as well: wrong either way, nothing is lost but time. */
+static void wrong_summary(void)
+{
+    pool = play_found(3, 1, 1, 0);
+    pool->slab.header->listed = 0;
+    play_lease_all(pool);
+    CHECK_EQ(freelist_take(&pool->slab, SHM_EMPTY_LIST, 0), -1);
+    pool->slab.header->listed = UINT32_MAX;
+    CHECK_EQ(freelist_take(&pool->slab, 2, 0), -1);
+    CHECK_EQ(freelist_take(&pool->slab, 2, 0), -1);
+    freelist_put(&pool->slab, 2, 1);
+    CHECK_EQ(freelist_take(&pool->slab, 2, 0), 1);
+    play_lease_all(pool);
     play_leave(pool);
 }
 
@@ -106,6 +123,7 @@ int main(void)
     RUN(idempotent);
     RUN(around);
     RUN(beyond_the_end);
+    RUN(wrong_summary);
     RUN(damaged_kind);
     RUN(wrong_hints);
 }

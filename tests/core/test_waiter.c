@@ -27,7 +27,7 @@ static void enter(struct waiter_place *place, struct pool *who, uint32_t mask, u
 }
 
 static uint64_t word_of(const struct waiter_place *place) { return atomic_load(&pool->slab.waiter_words[place->cell]); }
-static bool woken(const struct waiter_place *place) { return atomic_load(&pool->slab.waiters[place->cell].futex) == 1; }
+static bool woken(const struct waiter_place *place) { return atomic_load(&pool->slab.waiters[place->cell].futex) == WAITER_WOKEN; }
 
 static void words(void)
 {
@@ -326,7 +326,7 @@ static void wakeup_passed_on(void)
     end();
 }
 
-/* The slot was taken from the offerer (two threads release one lease): the promise is taken back. */
+/* The slot was taken from the offerer (two threads release one lease): the waiter finds that out by itself. */
 static void lost_while_offering(void)
 {
     begin(1, 4);
@@ -335,14 +335,42 @@ static void lost_while_offering(void)
     CHECK_EQ(play_release(pool, &claim), RELEASED);
     enter(&place, other, PLAY_ANY, 1);
     CHECK_EQ(waiter_offer(&pool->slab, 0, &twin.word, 1, clock_now()), WAITER_LOST);
-    CHECK_EQ(waiter_state(word_of(&place)), WAITER_WAITING);
-    CHECK_EQ(waiter_promised(&pool->slab, &place), -1);
     CHECK(woken(&place)); /* another releaser may have passed it over while it was promised something */
+    CHECK_EQ(waiter_promised(&pool->slab, &place), 0);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_LEASED); /* not by the promise: it is idle */
+    CHECK_EQ(claim.source, SOURCE_STEAL);
+    CHECK_EQ(play_release(other, &claim), RELEASED);
+    CHECK_EQ(waiter_rematch(&pool->slab, &place), 0);
+    CHECK_EQ(waiter_state(word_of(&place)), WAITER_WAITING);
     waiter_leave(&pool->slab, &place);
     end();
 }
 
-/* A promise whose giver was stopped: after a slice the waiter stands in the queue again, at its old place. */
+/* Who was woken in vain is passed over by wake-ups, not by offers; a wake-up that comes first wins. */
+static void patience(void)
+{
+    begin(1, 4);
+    struct waiter_place place, later;
+    enter(&place, other, 1, 1);
+    enter(&later, other, 1, 1);
+    CHECK(waiter_be_patient(&pool->slab, &place));
+    waiter_wake_first(&pool->slab, 1);
+    CHECK(!woken(&place) && woken(&later));
+    CHECK(!waiter_be_patient(&pool->slab, &later));
+    uint64_t begun = clock_now();
+    CHECK(!waiter_sleep(&pool->slab, &place, PLAY_MS));
+    CHECK(clock_now() - begun >= PLAY_MS);
+    struct pool_claim claim = play_lease(pool);
+    CHECK_EQ(play_release(pool, &claim), RELEASED);
+    CHECK_EQ(waiter_promised(&pool->slab, &place), 0);
+    CHECK(woken(&place));
+    CHECK(waiter_sleep(&pool->slab, &place, 3600 * 1000 * PLAY_MS));
+    pool_return_promise(other, waiter_leave(&pool->slab, &place));
+    waiter_leave(&pool->slab, &later);
+    end();
+}
+
+/* A promise whose giver was stopped: after a look the waiter stands in the queue again, at its old place. */
 static void rematch(void)
 {
     begin(1, 4);
@@ -423,6 +451,7 @@ int main(void)
     RUN(nobody_fits);
     RUN(wakeup_passed_on);
     RUN(lost_while_offering);
+    RUN(patience);
     RUN(rematch);
     RUN(sleeps_and_wakes);
     RUN(futex);
