@@ -220,7 +220,8 @@ def _call(value: object) -> str:
     return "" if callable(value) else "must be callable"
 
 
-def _name(value: object) -> str:
+def name_problem(value: object) -> str:
+    """What a pool's name must be, when `value` is none; else ""."""
     fits = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value)
     return "" if fits else "must have 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or a digit"
 
@@ -259,7 +260,7 @@ class PoolConfig:
     target: str | None = _setting(None, _optional(_target, "with a dial"))
     dial: Dial | None = _setting(None, _optional(_call, "with a target"))
     # The name that other processes find the pool by; None takes a random one.
-    name: str | None = _setting(None, _optional(_name, "for a random one"))
+    name: str | None = _setting(None, _optional(name_problem, "for a random one"))
 
     # How many: the cap over all processes, and how many `maintain()` keeps open (None: 2, or 1 under a cap of 1).
     max_connections: int = _setting(10, _whole(1, 100_000))

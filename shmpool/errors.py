@@ -13,7 +13,8 @@
     ├── SlabCorrupt
     ├── SlabVersionMismatch
     ├── PoolNotFound(LookupError)
-    └── PoolExists(FileExistsError)
+    ├── PoolExists(FileExistsError)
+    └── PoolInUse
 
 An error is a dataclass: its fields are the evidence, given by keyword, each with a default. The text is made from
 the fields when it is asked for, never stored. An error pickles with its fields, its cause and its notes; what
@@ -42,6 +43,7 @@ __all__ = [
     "PoolError",
     "PoolExhausted",
     "PoolExists",
+    "PoolInUse",
     "PoolNotFound",
     "PoolTimeout",
     "SlabCorrupt",
@@ -251,6 +253,18 @@ class PoolExists(PoolError, FileExistsError):
             f"{_named('pool', self.name)} exists already, created by process {self.pid}; "
             f"choose another name, or remove it{_command('unlink', self.name)}"
         )
+
+
+@dataclass(eq=False, kw_only=True)
+class PoolInUse(PoolError):
+    """The pool cannot be removed: living processes use it."""
+
+    name: str = ""
+    pids: tuple[int, ...] = ()
+
+    def _text(self) -> str:
+        who = f" by process {', '.join(map(str, self.pids))}" if self.pids else ""
+        return f"pool {self.name!r} is in use{who}; stop what uses it first, or force it (that goes on with it, unseen)"
 
 
 # Words that several texts share.

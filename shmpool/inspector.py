@@ -29,11 +29,11 @@ from typing import Any
 import posix_ipc
 
 from . import _core, slab
-from .config import _name as _name_problem
-from .errors import InvalidConfig, PoolError, PoolNotFound, SlabCorrupt, SlabVersionMismatch
+from .config import name_problem as _name_problem
+from .errors import InvalidConfig, PoolError, PoolInUse, PoolNotFound, SlabCorrupt, SlabVersionMismatch
 from .stats import PoolStats
 
-__all__ = ["Inspector", "PoolInUse", "PoolInfo", "inspect", "list_pools", "unlink"]
+__all__ = ["Inspector", "PoolInfo", "inspect", "list_pools", "unlink"]
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,6 @@ class PoolInfo:
     target: str = ""
     created_at: float = 0.0  # time.time()
     error: str = ""
-
-
-@dataclass(eq=False, kw_only=True)
-class PoolInUse(PoolError):
-    """The pool cannot be removed: living processes use it."""
-
-    name: str = ""
-    pids: tuple[int, ...] = ()
-
-    def _text(self) -> str:
-        who = f" by process {', '.join(map(str, self.pids))}" if self.pids else ""
-        return f"pool {self.name!r} is in use{who}; stop what uses it first, or force it (that goes on with it, unseen)"
 
 
 class Inspector:

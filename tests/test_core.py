@@ -252,6 +252,27 @@ MUTANTS = [
         *_walk("two-waiters"),
     ),
     Mutant(
+        "two wake-ups fall together in one waiter",
+        "waiter.c",
+        "continue; /* another releaser woke it",
+        "return; /* another releaser woke it",
+        *_walk("two-waiters"),
+    ),
+    Mutant(
+        "an offer swallows the wake-up before it",
+        "waiter.c",
+        "if (had || SHM_LOAD_SEQ(",
+        "if (SHM_LOAD_SEQ(",
+        *_walk("two-waiters"),
+    ),
+    Mutant(
+        "a promise that did not come is kept",
+        "waiter.c",
+        "if (!matched || !SHM_CAS_SEQ(offer, slab->waiter_words[place->cell], &word, again))",
+        "if (!matched || word != again)",
+        "test_waiter",
+    ),
+    Mutant(
         "tickets do not wrap around",
         "waiter.h",
         "return (int32_t)((a - b) << 5) < 0;",
@@ -270,8 +291,8 @@ MUTANTS = [
     Mutant(
         "the lists are not idempotent",
         "freelist.c",
-        "SHM_OR(freelist, *word, bit)",
-        "SHM_ADD(freelist, *word, bit)",
+        "if (!(SHM_LOAD(freelist, *word) & bit))",
+        "if (SHM_ADD(freelist, *word, bit), false)",
         "test_freelist",
     ),
     Mutant(
@@ -310,6 +331,13 @@ MUTANTS = [
         "    recovery_sweep(pool, pool->worker);",
         "    (void)recovery_sweep;",
         *_walk("newcomer"),
+    ),
+    Mutant(
+        "who leaves closes the seat under a sweep",
+        "pool.c",
+        "while (atomic_exchange_explicit(&pool->recovering, true, memory_order_acquire))",
+        "while (0)",
+        *_walk("leave-under-sweep"),
     ),
     Mutant(
         "a forked child keeps the seats",

@@ -14,6 +14,7 @@ import pytest
 
 from shmpool import errors
 from shmpool.errors import (
+    DescriptorsLost,
     DialError,
     InvalidConfig,
     LeaseExpired,
@@ -23,6 +24,7 @@ from shmpool.errors import (
     PoolError,
     PoolExhausted,
     PoolExists,
+    PoolInUse,
     PoolNotFound,
     PoolTimeout,
     SlabCorrupt,
@@ -54,6 +56,8 @@ SAMPLES: list[tuple[PoolError, list[str]]] = [
     (SlabVersionMismatch(name="web", found=1, expected=2), ["'web'", "layout 1", "has 2"]),
     (PoolNotFound(name="web"), ["'web'", "shmpool list"]),
     (PoolExists(name="web", pid=321), ["'web'", "process 321", "shmpool unlink web"]),
+    (PoolInUse(name="web", pids=(3, 21)), ["'web'", "process 3, 21"]),
+    (DescriptorsLost(pool="web"), ["'web'", "descriptors", "keep inherited descriptors open"]),
 ]
 
 

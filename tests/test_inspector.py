@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from shmpool import InvalidConfig, Pool, PoolError, PoolNotFound, SlabCorrupt, SlabVersionMismatch, _core, slab
-from shmpool.inspector import PoolInfo, PoolInUse, inspect, list_pools, unlink
+from shmpool import InvalidConfig, Pool, PoolError, PoolInUse, PoolNotFound, SlabCorrupt, SlabVersionMismatch, _core, slab
+from shmpool.inspector import PoolInfo, inspect, list_pools, unlink
 
 HEADER_BYTES = 4096  # slab.h
 TEXT_BYTES = {"name": 72, "target": 256, "config": 2048}

@@ -195,7 +195,14 @@ def test_the_others_go_on_at_their_pace(server: ExclusiveServer, family: Family)
             moved, gap = _progress(turns, range(OTHERS), period)
             during += moved
             gaps.append(gap)
-            assert moved, f"nothing moved while one was stopped: {states(pool)}"
+            if not moved:  # a busy machine, or a pool that the stopped one holds up: then nothing will move at all
+                print([row[:4] for row in pool._snapshot()["slots"]], [row[:3] for row in pool._snapshot()["workers"]])
+                stuck = sum(turns[place] for place in range(OTHERS))
+                until(
+                    lambda stuck=stuck: sum(turns[place] for place in range(OTHERS)) > stuck,  # type: ignore[misc]
+                    f"something moves while one is stopped: {states(pool)}",
+                    5,
+                )
             at = turns[OTHERS]
             children[OTHERS].resume()
             until(lambda at=at: turns[OTHERS] > at, "the stopped one goes on")  # type: ignore[misc]

@@ -21,7 +21,7 @@
 
 #include "play.h"
 
-enum { FIBERS = 4, STACK = 128 * 1024, DEPTH = 4000, STEPS = 20000, SLOTS = 3, BYTES = 16, ROUNDS = 12 };
+enum { FIBERS = 4, STACK = 128 * 1024, DEPTH = 4000, STEPS = 20000, SLOTS = 3, BYTES = 16, SEATS = 64, ROUNDS = 12 };
 
 enum fiber_state { READY, ASLEEP, FINISHED, DEAD, STOPPED };
 struct fiber {
@@ -49,6 +49,7 @@ struct scenario {
     void (*bodies[FIBERS])(void);
     void (*after)(void);
     bool closes;
+    bool one_process; /* the first two fibers are threads of one process, which die together or not at all */
 };
 
 static const struct scenario *scenario;
@@ -63,6 +64,7 @@ static uint16_t taken[DEPTH], width[DEPTH];
 static unsigned depth, planned, steps, rounds;
 static uint64_t now_ns, runs;
 static int lock_of[BYTES]; /* the seat that holds each byte, 0: nobody */
+static bool seat_is_open[SEATS];
 static int next_seat;
 static int holder[SLOTS]; /* fiber + 1 */
 static struct pool_claim old[32];
@@ -338,21 +340,29 @@ int stand_in_usleep(useconds_t us)
 int seat_open(struct seat *seat, int slab_fd)
 {
     (void)slab_fd;
-    atomic_store(&seat->fd, ++next_seat);
+    CHECK(++next_seat < SEATS);
+    seat_is_open[next_seat] = true;
+    atomic_store(&seat->fd, next_seat);
     return 0;
 }
 
 void seat_close(struct seat *seat)
 {
     int fd = atomic_exchange(&seat->fd, -1);
+    if (fd > 0)
+        seat_is_open[fd] = false;
     for (int byte = 0; byte < BYTES; byte++)
         if (fd > 0 && lock_of[byte] == fd)
             lock_of[byte] = 0;
 }
 
+/* A number that was closed may be another file's by now. */
+static void check_open(int fd) { CHECK(fd < SEATS && (fd <= 0 || seat_is_open[fd])); }
+
 bool byte_lock(int fd, int64_t byte)
 {
     shmpool_hook("lock");
+    check_open(fd);
     CHECK(byte < BYTES);
     if (fd <= 0 || (lock_of[byte] && lock_of[byte] != fd))
         return false;
@@ -363,6 +373,7 @@ bool byte_lock(int fd, int64_t byte)
 void byte_unlock(int fd, int64_t byte)
 {
     shmpool_hook("lock");
+    check_open(fd);
     CHECK_EQ(lock_of[byte], fd);
     lock_of[byte] = 0;
 }
@@ -370,6 +381,7 @@ void byte_unlock(int fd, int64_t byte)
 bool byte_is_locked(int fd, int64_t byte)
 {
     shmpool_hook("lock");
+    check_open(fd);
     return lock_of[byte] && lock_of[byte] != fd;
 }
 
@@ -390,7 +402,8 @@ struct saved {
 static struct saved saved[FIBERS + 1];
 static uint8_t *saved_slab;
 static uint64_t saved_now_ns;
-static int saved_locks[BYTES], saved_holder[SLOTS];
+static int saved_locks[BYTES], saved_holder[SLOTS], saved_next_seat;
+static bool saved_open[SEATS];
 static struct fiber saved_fibers[FIBERS];
 
 static void entry_point(void)
@@ -430,6 +443,8 @@ static void save(void)
     CHECK(saved_slab);
     copy_slab(saved_slab, (uint8_t *)checker->slab.header);
     memcpy(saved_locks, lock_of, sizeof lock_of);
+    memcpy(saved_open, seat_is_open, sizeof seat_is_open);
+    saved_next_seat = next_seat;
     memcpy(saved_holder, holder, sizeof holder);
     for (unsigned i = 0; i < FIBERS; i++) {
         saved_fibers[i].has = fibers[i].has;
@@ -448,6 +463,8 @@ static void restore(void)
     }
     copy_slab((uint8_t *)checker->slab.header, saved_slab);
     memcpy(lock_of, saved_locks, sizeof lock_of);
+    memcpy(seat_is_open, saved_open, sizeof seat_is_open);
+    next_seat = saved_next_seat;
     memcpy(holder, saved_holder, sizeof holder);
     now_ns = saved_now_ns;
     atomic_store(&checker->slab.header->recovery_checked_ns, now_ns);
@@ -727,6 +744,14 @@ static void one_twin_released(void)
         CHECK_EQ(twins_released, 1);
 }
 
+/* One thread sweeps, another leaves; a third process waits for what the dead one holds. */
+static void sweep_and_leave(void)
+{
+    dead_holder();
+    fibers[1].pool = fibers[0].pool;
+}
+static void body_leave_now(void) { pool_leave(current->pool); }
+
 /* A connection that only the checker could use; the others may have its permit. */
 static void private_idle(void)
 {
@@ -738,27 +763,28 @@ static void private_idle(void)
 
 #define HANDOVER (WAITER_HANDOVER_AFTER_NS + 1)
 static const struct scenario scenarios[] = {
-    {"lease", 1, 4, 2, 0, all_idle, {body_lease_twice, body_lease_twice}, NULL, false},
-    {"lease-handover", 1, 4, 2, HANDOVER, all_idle, {body_lease_twice, body_lease_twice}, NULL, false},
-    {"lease-three", 2, 5, 3, 0, all_idle, {body_lease, body_lease, body_lease}, NULL, false},
-    {"dial", 1, 4, 2, 0, nothing_open, {body_lease, body_lease}, NULL, false},
-    {"discard", 1, 4, 3, HANDOVER, all_idle, {body_discard, body_lease, body_lease}, NULL, false},
-    {"wait", 1, 4, 2, 0, first_holds, {body_give, body_get}, NULL, false},
-    {"wait-handover", 1, 4, 2, HANDOVER, first_holds, {body_give, body_get}, NULL, false},
-    {"wait-barging", 1, 4, 2, 0, first_holds, {body_give_and_lease, body_lease}, NULL, false},
-    {"two-waiters", 2, 5, 4, 0, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false},
-    {"two-waiters-handover", 2, 5, 4, HANDOVER, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false},
-    {"summary", 1, 4, 2, 0, stale_summary, {body_give, body_get}, NULL, false},
-    {"offer-or-leave", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_briefly, body_lease}, NULL, false},
-    {"twins", 1, 5, 3, HANDOVER, twins, {body_twin, body_twin, body_get}, one_twin_released, false},
-    {"twins-quiet", 1, 5, 3, 0, twins, {body_twin, body_twin, body_lease}, one_twin_released, false},
-    {"evict", 1, 4, 2, 0, private_idle, {body_lease, body_lease}, NULL, false},
-    {"close", 2, 5, 3, HANDOVER, first_two_hold, {body_give, body_give, body_close}, NULL, true},
-    {"close-waiting", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_unless_closed, body_close}, NULL, true},
-    {"leave", 1, 4, 2, HANDOVER, all_idle, {body_leave, body_lease}, NULL, false},
-    {"recover", 1, 5, 2, 0, dead_holder, {body_recover, body_recover_and_get}, NULL, false},
-    {"recover-waiter", 2, 5, 3, HANDOVER, dead_waiter, {body_recover, body_recover_and_get, body_lease}, NULL, false},
-    {"newcomer", 1, 2, 2, 0, dead_holder, {body_recover_and_lease, body_newcomer}, NULL, false},
+    {"lease", 1, 4, 2, 0, all_idle, {body_lease_twice, body_lease_twice}, NULL, false, false},
+    {"lease-handover", 1, 4, 2, HANDOVER, all_idle, {body_lease_twice, body_lease_twice}, NULL, false, false},
+    {"lease-three", 2, 5, 3, 0, all_idle, {body_lease, body_lease, body_lease}, NULL, false, false},
+    {"dial", 1, 4, 2, 0, nothing_open, {body_lease, body_lease}, NULL, false, false},
+    {"discard", 1, 4, 3, HANDOVER, all_idle, {body_discard, body_lease, body_lease}, NULL, false, false},
+    {"wait", 1, 4, 2, 0, first_holds, {body_give, body_get}, NULL, false, false},
+    {"wait-handover", 1, 4, 2, HANDOVER, first_holds, {body_give, body_get}, NULL, false, false},
+    {"wait-barging", 1, 4, 2, 0, first_holds, {body_give_and_lease, body_lease}, NULL, false, false},
+    {"two-waiters", 2, 5, 4, 0, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false, false},
+    {"two-waiters-handover", 2, 5, 4, HANDOVER, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false, false},
+    {"summary", 1, 4, 2, 0, stale_summary, {body_give, body_get}, NULL, false, false},
+    {"offer-or-leave", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_briefly, body_lease}, NULL, false, false},
+    {"twins", 1, 5, 3, HANDOVER, twins, {body_twin, body_twin, body_get}, one_twin_released, false, true},
+    {"twins-quiet", 1, 5, 3, 0, twins, {body_twin, body_twin, body_lease}, one_twin_released, false, true},
+    {"evict", 1, 4, 2, 0, private_idle, {body_lease, body_lease}, NULL, false, false},
+    {"close", 2, 5, 3, HANDOVER, first_two_hold, {body_give, body_give, body_close}, NULL, true, false},
+    {"close-waiting", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_unless_closed, body_close}, NULL, true, false},
+    {"leave", 1, 4, 2, HANDOVER, all_idle, {body_leave, body_lease}, NULL, false, false},
+    {"leave-under-sweep", 1, 5, 3, 0, sweep_and_leave, {body_recover, body_leave_now, body_recover_and_get}, NULL, false, true},
+    {"recover", 1, 5, 2, 0, dead_holder, {body_recover, body_recover_and_get}, NULL, false, false},
+    {"recover-waiter", 2, 5, 3, HANDOVER, dead_waiter, {body_recover, body_recover_and_get, body_lease}, NULL, false, false},
+    {"newcomer", 1, 2, 2, 0, dead_holder, {body_recover_and_lease, body_newcomer}, NULL, false, false},
 };
 
 static void begin(const struct scenario *which)
@@ -767,6 +793,7 @@ static void begin(const struct scenario *which)
     play_bare = play_one_mapping = true; /* a futex has one address */
     now_ns = 1000 * PLAY_MS;
     memset(lock_of, 0, sizeof lock_of);
+    next_seat = 0;
     memset(holder, 0, sizeof holder);
     memset(fibers, 0, sizeof fibers);
     checker = play_found(which->slots, which->workers + 1, 4, 1);
@@ -791,6 +818,8 @@ static void begin(const struct scenario *which)
 static bool walk(struct bounds within, uint64_t deadline)
 {
     bounds = within;
+    if (scenario->one_process)
+        bounds.kills = bounds.stops = 0;
     planned = 0;
     do {
         run();
@@ -816,8 +845,8 @@ static void explore(const struct scenario *which, double seconds)
     walking_randomly = level < levels;
     for (bounds = (struct bounds){3, 2, 2, 1}; walking_randomly && real_ns() < end;) {
         planned = 0;
-        bounds.kills = runs % 3; /* a third of the runs without any death: there nobody may rely on slices */
-        bounds.stops = runs % 3 == 1;
+        bounds.kills = scenario->one_process ? 0 : runs % 3; /* a third of the runs without any death: there nobody may rely on slices */
+        bounds.stops = bounds.kills == 1;
         run();
     }
     printf("%-22s %8" PRIu64 " runs in order, %u of %u bounds whole, %8" PRIu64 " at random, %.2f s\n", which->name, whole, level, levels,

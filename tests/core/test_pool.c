@@ -321,8 +321,9 @@ static void leaving(void)
     back(other, kept);
     back(other, own);
     CHECK(waiter_enter(&other->slab, &place, other->worker, PLAY_ANY, 1, 1));
+    CHECK(pool_holds_any(other) && !pool_holds_any(pool));
     pool_leave(other);
-    CHECK(!pool_joined(other));
+    CHECK(!pool_joined(other) && !pool_holds_any(other));
     CHECK_EQ(play_state(pool, kept.slot), SLOT_IDLE);
     CHECK_EQ(play_state(pool, own.slot), SLOT_EMPTY);
     CHECK_EQ(play_state(pool, out.slot), SLOT_EMPTY);
