@@ -50,6 +50,7 @@ def shared_server() -> Iterator[ExclusiveServer]:
 @pytest.fixture
 def server(shared_server: ExclusiveServer) -> ExclusiveServer:
     shared_server.listen()
+    shared_server.close_connections()  # what a test that failed has left
     shared_server.reset_stats()
     return shared_server
 
@@ -60,7 +61,11 @@ def make(server: ExclusiveServer) -> Iterator[Callable[..., Pool]]:
     made: list[Pool] = []
 
     def make_pool(**settings: Any) -> Pool:
-        defaults = {"max_connections": 1, "min_connections": 0, **({} if "dial" in settings else {"target": server.url})}
+        defaults = {
+            "max_connections": 1,
+            "min_connections": 0,
+            **({} if "dial" in settings else {"target": server.url}),
+        }
         made.append(Pool(**{**defaults, **settings}))
         return made[-1]
 
@@ -178,7 +183,6 @@ GARBAGE: dict[str, Callable[[ExclusiveServer], Any]] = {
     "text as metadata": lambda server: (server.connect(), "text"),
     "none as metadata": lambda server: (server.connect(), None),
     "one too many": lambda server: (server.connect(), b"", b""),
-    "a list": lambda server: [server.connect(), b""],
     "the wrong way round": lambda server: (b"", server.connect()),
     "too much metadata": lambda server: (server.connect(), bytes(MAX_METADATA + 1)),
 }
@@ -225,7 +229,6 @@ def test_a_name_that_nobody_knows(make: Callable[..., Pool], monkeypatch: pytest
 def test_a_server_that_accepts_and_closes(make: Callable[..., Pool], rst: bool) -> None:
     """The holder notices first; nothing is lost by it, and nobody is lent the same twice."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        accepted: list[socket.socket] = []
 
         def accept_and_close() -> None:
             for _ in range(5):
@@ -236,10 +239,14 @@ def test_a_server_that_accepts_and_closes(make: Callable[..., Pool], rst: bool) 
 
         thread = threading.Thread(target=accept_and_close)
         thread.start()
-        pool = make(target="tcp://127.0.0.1:{}".format(listener.getsockname()[1]), alive_bypass=0)
+        pool = make(target=f"tcp://127.0.0.1:{listener.getsockname()[1]}", alive_bypass=0)
         ids = set()
         for _ in range(5):
-            conn = pool.get()
+            try:
+                conn = pool.get()
+            except DialError:  # it was reset before it was ours
+                assert rst
+                continue
             ids.add(conn.id)
             conn.socket.settimeout(10)
             try:
@@ -248,9 +255,9 @@ def test_a_server_that_accepts_and_closes(make: Callable[..., Pool], rst: bool) 
                 assert rst
             conn.release()
         thread.join(10)
-        assert len(ids) == 5
-        assert accepted == []
-        assert pool.stats().closed["broken"] == 4
+        assert len(ids) == pool.stats().created
+        assert rst or len(ids) == 5
+        assert pool.stats().closed["broken"] >= len(ids) - 1
 
 
 def test_it_comes_back_with_the_server(make: Callable[..., Pool], server: ExclusiveServer) -> None:
@@ -336,7 +343,7 @@ def test_a_silent_server_ends_with_the_time(make: Callable[..., Pool]) -> None:
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
-        pool = make(target="tcp://127.0.0.1:{}".format(listener.getsockname()[1]), connection_timeout=0.1)
+        pool = make(target=f"tcp://127.0.0.1:{listener.getsockname()[1]}", connection_timeout=0.1)
         with pytest.raises(DialError):
             pool.get(30)
         with pytest.raises(PoolTimeout) as caught:
@@ -480,8 +487,12 @@ def what_is_left(pool: Pool, empty: int, fresh: int) -> str:
     return "" if sockets_held() == empty else f"sockets: {sockets_held() - empty}"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_storm_of_signals(make: Callable[..., Pool], server: ExclusiveServer, threads: ThreadPoolExecutor) -> None:
+def test_a_storm_of_signals(
+    make: Callable[..., Pool],
+    server: ExclusiveServer,
+    threads: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Handlers that raise at random moments in one thread, while others go on."""
     random, wanted = chance(), 2000 if LONG else 300
     pool = make(max_connections=3, alive_bypass=0, get_timeout=30)
@@ -499,10 +510,13 @@ def test_a_storm_of_signals(make: Callable[..., Pool], server: ExclusiveServer, 
         while not stop.wait(random.uniform(1e-4, 3e-3)):
             signal.pthread_kill(main, signal.SIGUSR1)
 
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # a handler may raise where nothing can be raised
     armed, interrupted = False, 0
 
     def raise_rude(*_: object) -> None:
-        if armed:
+        nonlocal armed
+        if armed:  # once: the clean-up after it is not interrupted again
+            armed = False
             raise Rude
 
     before = signal.signal(signal.SIGUSR1, raise_rude)
@@ -519,7 +533,6 @@ def test_a_storm_of_signals(make: Callable[..., Pool], server: ExclusiveServer, 
                     pool.get().discard()
                     armed = False
                 except Rude:
-                    armed = False
                     interrupted += 1
             gc.collect()
     finally:
@@ -689,7 +702,7 @@ def test_mailboxes_that_cannot_be_made(server: ExclusiveServer, monkeypatch: pyt
 
 
 @pytest.fixture
-def no_deposits() -> Iterator[Callable[[], ExitStack]]:
+def no_deposits() -> Callable[[], ExitStack]:
     """Make the kernel refuse letters with ETOOMANYREFS: too many descriptors of this user are in flight."""
 
     def refuse() -> ExitStack:
@@ -713,38 +726,40 @@ def no_deposits() -> Iterator[Callable[[], ExitStack]]:
         try:
             socket.send_fds(probe, [b"x"], [0])
         except OSError as error:
-            assert error.errno == errno.ETOOMANYREFS
-            return stack
+            if error.errno == errno.ETOOMANYREFS:
+                return stack
         stack.close()
         pytest.skip("this kernel does not count descriptors in flight")
 
-    yield refuse
+    return refuse
 
 
 def test_a_connection_that_cannot_be_shared_works_for_its_opener(
     make: Callable[..., Pool], no_deposits: Callable[[], ExitStack], server: ExclusiveServer
 ) -> None:
+    """Once: at its release it is retired, because nobody else could use it or end it."""
     pool = make(max_connections=2)
     with no_deposits():
         conn = pool.get()
-    number = conn.id
     exclusive_use(conn.socket, "own:1")
-    conn.socket.settimeout(3)
-    conn.release()
     stats = pool.stats()
     assert stats.failed_deposits == 1
-    assert "unmailed" in stats.slots[0].flags
-    for _ in range(3):
-        with pool.get() as conn:
-            assert conn.id == number
-            exclusive_use(conn.socket, "own:2")
-    pool.get().discard()
+    assert stats.slots[0].flags == ("unmailed",)
+    conn.socket.settimeout(3)
+    conn.release()
     assert server.stats()["open"] == 0, "it is ended all the same"
     assert states(pool) == {"empty": 2}
+    assert pool.stats().closed["letter"] == 1
+    with pool.get() as conn:
+        exclusive_use(conn.socket, "own:2")
+    assert states(pool) == {"idle": 1, "empty": 1}
 
 
 def test_a_connection_that_cannot_be_shared_counts(
-    make: Callable[..., Pool], no_deposits: Callable[[], ExitStack], server: ExclusiveServer, threads: ThreadPoolExecutor
+    make: Callable[..., Pool],
+    no_deposits: Callable[[], ExitStack],
+    server: ExclusiveServer,
+    threads: ThreadPoolExecutor,
 ) -> None:
     pool = make(get_timeout=30)
     with no_deposits():
@@ -782,7 +797,7 @@ def test_one_that_cannot_be_shared_is_ended_for_children_too(
 # Odd places -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_pool_in_a_thread_that_ends(make: Callable[..., Pool], threads: ThreadPoolExecutor) -> None:
+def test_a_pool_in_a_thread_that_ends(make: Callable[..., Pool]) -> None:
     made: list[Pool] = []
     leases: list[PooledConnection] = []
 

@@ -47,6 +47,7 @@ def shared_server() -> Iterator[ExclusiveServer]:
 
 @pytest.fixture
 def server(shared_server: ExclusiveServer) -> ExclusiveServer:
+    shared_server.close_connections()  # what a test that failed has left
     shared_server.reset_stats()
     return shared_server
 
@@ -69,7 +70,11 @@ def make(server: ExclusiveServer) -> Iterator[Callable[..., Pool]]:
     made: list[Pool] = []
 
     def make_pool(**settings: Any) -> Pool:
-        defaults = {"max_connections": 1, "min_connections": 0, **({} if "dial" in settings else {"target": server.url})}
+        defaults = {
+            "max_connections": 1,
+            "min_connections": 0,
+            **({} if "dial" in settings else {"target": server.url}),
+        }
         made.append(Pool(**{**defaults, **settings}))
         return made[-1]
 
@@ -780,7 +785,7 @@ def test_datagrams_are_left_alone_when_told_so(make: Callable[..., Pool], udp_se
 def test_an_unreachable_udp_peer_does_not_make_leases_fail(make: Callable[..., Pool]) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
         peer.bind(("127.0.0.1", 0))
-        pool = make(target="udp://127.0.0.1:{}".format(peer.getsockname()[1]))
+        pool = make(target=f"udp://127.0.0.1:{peer.getsockname()[1]}")
         with pool.get() as conn:
             number = conn.id
     with pool.get() as conn:

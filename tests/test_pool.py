@@ -63,7 +63,7 @@ def servers() -> Iterator[dict[Kind, ExclusiveServer]]:
 
 @pytest.fixture
 def server(servers: dict[Kind, ExclusiveServer]) -> ExclusiveServer:
-    servers["tcp4"].delay_replies(0)
+    servers["tcp4"].close_connections()  # what a test that failed has left
     servers["tcp4"].reset_stats()
     return servers["tcp4"]
 
@@ -74,7 +74,11 @@ def make(server: ExclusiveServer) -> Iterator[Callable[..., Pool]]:
     made: list[Pool] = []
 
     def make_pool(**settings: Any) -> Pool:
-        defaults = {"max_connections": 1, "min_connections": 0, **({} if "dial" in settings else {"target": server.url})}
+        defaults = {
+            "max_connections": 1,
+            "min_connections": 0,
+            **({} if "dial" in settings else {"target": server.url}),
+        }
         made.append(Pool(**{**defaults, **settings}))
         return made[-1]
 
@@ -271,9 +275,7 @@ def test_the_wall_clock_does_not_matter(make: Callable[..., Pool], monkeypatch: 
             pool.get(0.01)
 
 
-def test_unfit_connections_do_not_use_up_the_time(
-    make: Callable[..., Pool], server: ExclusiveServer, threads: ThreadPoolExecutor
-) -> None:
+def test_unfit_connections_do_not_use_up_the_time(make: Callable[..., Pool], server: ExclusiveServer) -> None:
     """Peers that do not answer the end of their connection are waited for, but not one after the other."""
     pool = make(max_connections=40, alive_bypass=0, idle_timeout=0.05)
     with ExitStack() as stack:
@@ -358,7 +360,9 @@ def test_a_name_with_addresses_of_both_versions(server: ExclusiveServer, monkeyp
 
 
 @needs_ipv6
-def test_a_choice_reaches_the_dial_and_the_cache(make: Callable[..., Pool], servers: dict[Kind, ExclusiveServer]) -> None:
+def test_a_choice_reaches_the_dial_and_the_cache(
+    make: Callable[..., Pool], servers: dict[Kind, ExclusiveServer]
+) -> None:
     pool = make(dial=dial_any(servers), max_connections=8)
     choices: list[tuple[Callable[[], PooledConnection], list[Kind]]] = [
         (lambda: pool.get(protocol="unix"), ["unix"]),
@@ -468,7 +472,7 @@ class Rude(Exception):
 
 @pytest.fixture
 def alarm() -> Iterator[Callable[[float, Callable[[], object]], None]]:
-    """Call something in a signal handler of the main thread, once, after so many seconds. SIGALRM is pytest-timeout's."""
+    """Call something in a signal handler of the main thread, once, after so many seconds. (SIGALRM is the runner's.)"""
     before, timers = signal.getsignal(signal.SIGUSR1), []
 
     def arm(after_s: float, action: Callable[[], object]) -> None:
@@ -726,7 +730,7 @@ def test_close_waits_for_leases(make: Callable[..., Pool], threads: ThreadPoolEx
     assert states(pool) == {"empty": 2}
 
 
-def test_a_closed_pool_keeps_no_descriptor(make: Callable[..., Pool], server: ExclusiveServer) -> None:
+def test_a_closed_pool_keeps_no_descriptor(make: Callable[..., Pool]) -> None:
     before = set(descriptors().items())
     pool = make(max_connections=4)
     conn, idle = pool.get(), pool.get()
@@ -950,7 +954,7 @@ def test_a_hook_that_gets_another_connection(make: Callable[..., Pool]) -> None:
     with pool.get():
         assert depth == [1, 2, 3]
     depth.clear()
-    pool = make(max_connections=1, on_borrow=hook)
+    pool = make(max_connections=1, on_borrow=hook, get_timeout=0.02)
     with pytest.raises(PoolTimeout), pool.get(0.01):
         pass
     assert pool.stats().in_use == 0
@@ -1027,7 +1031,9 @@ def test_maintain_ends_though_a_hook_throws_everything_away(
         pool.close()
 
 
-def test_maintain_by_many_at_once(make: Callable[..., Pool], server: ExclusiveServer, threads: ThreadPoolExecutor) -> None:
+def test_maintain_by_many_at_once(
+    make: Callable[..., Pool], server: ExclusiveServer, threads: ThreadPoolExecutor
+) -> None:
     pool = make(max_connections=4, min_connections=4)
     for done in [threads.submit(pool.maintain) for _ in range(16)]:
         done.result(30)

@@ -312,7 +312,8 @@ TRY_TO_MAKE = f"""
     try:
         Pool({URL!r}, max_connections=1000)
     except InvalidConfig as error:
-        print(error, "|", type(error.__cause__).__name__, os.listdir("/dev/shm") if os.path.exists("/dev/shm") else None)
+        left = os.listdir("/dev/shm") if os.path.exists("/dev/shm") else None
+        print(error, "|", type(error.__cause__).__name__, left)
 """
 
 

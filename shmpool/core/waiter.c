@@ -262,8 +262,10 @@ uint32_t waiter_forget(struct slab *slab, uint32_t owner)
     for (uint32_t cell = 0; cell < slab->layout.max_waiters; cell++) {
         uint64_t word = SHM_LOAD_SEQ(offer, slab->waiter_words[cell]);
         while (word != WAITER_FREE_WORD && waiter_owner(word) == owner)
-            if (SHM_CAS_SEQ(offer, slab->waiter_words[cell], &word, WAITER_FREE_WORD))
+            if (SHM_CAS_SEQ(offer, slab->waiter_words[cell], &word, WAITER_FREE_WORD)) {
                 freed++, word = WAITER_FREE_WORD;
+                wake(slab, cell); /* a process that leaves may have threads asleep there */
+            }
     }
     return freed;
 }
