@@ -557,7 +557,7 @@ def test_a_storm_of_signals(
 def test_too_many_waiters(make: Callable[..., Pool], threads: ThreadPoolExecutor) -> None:
     pool = make(max_waiters=2)
     conn = pool.get()
-    waiters = [threads.submit(pool.get, 30) for _ in range(2)]
+    waiters = [threads.submit(lambda: pool.get(30).release()) for _ in range(2)]
     until(lambda: pool.stats().waiting == 2, "both wait")
     with pytest.raises(PoolExhausted, match="raise max_waiters") as caught:
         pool.get(30)
@@ -565,7 +565,7 @@ def test_too_many_waiters(make: Callable[..., Pool], threads: ThreadPoolExecutor
     assert caught.value.counts["leased"] == 1
     conn.release()
     for waiter in waiters:
-        waiter.result(10).release()
+        waiter.result(10)
     assert pool.stats().exhausted == 1
 
 
