@@ -138,7 +138,9 @@ static bool parse_call(const char *function, const char *const *known, int most,
 
 /* ---- entries: what this process has of a connection ---- */
 
-static const char always_dirty[1] = {1}, never_dirty[1] = {0};
+/* What a socket's mark says (PooledSocket in shmpool/pool.py). A TLS socket of the user's own has no mark: always CHANGED. */
+enum { MARK_CHANGED = 1, MARK_RUINED = 2 };
+static const char always_dirty[1] = {MARK_CHANGED}, never_dirty[1] = {0};
 
 /* What an entry has, taken out of it, so that the slot can be passed on before it is dropped. The socket object is made when the
  * holder first asks for it; until then the entry's bare descriptor is ours to close. */
@@ -254,7 +256,7 @@ static int entry_fd(struct pool *pool, uint32_t slot)
 {
     struct entry *entry = &pool->entries[slot];
     bool current = entry->connection && entry->connection == SHM_LOAD(row, pool->slab.slots[slot].connection);
-    return current && !*entry->dirty ? entry->fd : -1;
+    return current && !(*entry->dirty & MARK_RUINED) ? entry->fd : -1;
 }
 
 static void entry_drop_session(struct entry *entry)

@@ -228,7 +228,7 @@ void pool_leave(struct pool *pool)
 
 /* ---- get ---- */
 
-enum { SAW_OFFER = 1, SAW_EMPTY = 2, SAW_OTHER = 4, SAW_DAMAGE = 8 };
+enum { SAW_OFFER = 1, SAW_EMPTY = 2, SAW_OTHER = 4, SAW_DAMAGE = 8, SAW_LOST = 16 /* an idle slot was taken under our hands */ };
 
 static bool claim_offer(struct pool *pool, uint32_t slot, uint64_t word, uint32_t mask, struct pool_claim *claim)
 {
@@ -283,7 +283,7 @@ static bool steal(struct pool *pool, uint32_t mask, struct pool_claim *claim, un
                 claim->source = SOURCE_STEAL;
                 return true;
             }
-            *saw |= SAW_OTHER;
+            *saw |= slot_load(&pool->slab.slots[slot]) == word ? SAW_OTHER : SAW_LOST;
             break;
         case SLOT_OFFERED:
             *saw |= SAW_OFFER;
@@ -358,9 +358,13 @@ static bool take_other(struct pool *pool, uint32_t mask, struct pool_claim *clai
 
 static enum pool_taken search(struct pool *pool, uint32_t mask, struct pool_claim *claim, unsigned *saw)
 {
-    *saw = 0;
-    if (steal(pool, mask, claim, saw))
-        return TAKEN_LEASED;
+    for (int tries = 0; tries < 4; tries++) {
+        *saw = 0;
+        if (steal(pool, mask, claim, saw))
+            return TAKEN_LEASED;
+        if (!(*saw & SAW_LOST))
+            break; /* else who took it may have left another, passed before, to us */
+    }
     if (*saw & SAW_DAMAGE)
         return TAKEN_DAMAGED;
     if ((*saw & SAW_OFFER) && take_expired_offer(pool, mask, claim))

@@ -250,8 +250,10 @@ enum waiter_offered waiter_offer(struct slab *slab, uint32_t slot, uint64_t *wor
             return WAITER_OFFERED;
         }
         /* it has left: take the offer back, unless it or a thief was quicker */
-        if (!slot_move(row, word, me, SLOT_LEASED))
+        if (!slot_move(row, word, me, SLOT_LEASED)) {
+            waiter_wake_first(slab, WAITER_ANY_BUCKET); /* the addressee may have had a wake-up for another slot */
             return WAITER_OFFERED;
+        }
     }
     return WAITER_NOBODY;
 }

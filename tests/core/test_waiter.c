@@ -312,6 +312,7 @@ static void wakeup_passed_on(void)
 {
     begin(1, 4);
     struct waiter_place place, later, last;
+    struct pool_claim claim = held(); /* nothing is free that anybody could be told of */
     enter(&place, other, 1, 1);
     enter(&later, other, 2, 1);
     enter(&last, other, 1, 1);
@@ -323,6 +324,7 @@ static void wakeup_passed_on(void)
     waiter_leave(&pool->slab, &later);
     CHECK(!woken(&last)); /* it had looked since */
     waiter_leave(&pool->slab, &last);
+    CHECK_EQ(play_release(pool, &claim), RELEASED);
     end();
 }
 
