@@ -254,7 +254,8 @@ def test_what_is_no_contradiction() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "least"), [({}, 2), ({"max_connections": 1}, 1), ({"min_connections": 0}, 0), ({"min_connections": 5}, 5)]
+    ("settings", "least"),
+    [({}, 2), ({"max_connections": 1}, 1), ({"min_connections": 0}, 0), ({"min_connections": 5}, 5)],
 )
 def test_what_none_stands_for(settings: dict[str, Any], least: int) -> None:
     assert config(**settings).effective_min_connections == least

@@ -16,7 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from shmpool import InvalidConfig, Pool, PoolError, PoolInUse, PoolNotFound, SlabCorrupt, SlabVersionMismatch, _core, slab
+from shmpool import (
+    InvalidConfig,
+    Pool,
+    PoolError,
+    PoolInUse,
+    PoolNotFound,
+    SlabCorrupt,
+    SlabVersionMismatch,
+    _core,
+    slab,
+)
 from shmpool.inspector import PoolInfo, inspect, list_pools, unlink
 
 HEADER_BYTES = 4096  # slab.h
