@@ -59,7 +59,7 @@ lint: $(HAS)dev ## ruff, and the C compiler's warnings as errors
 
 types: $(HAS)dev ## mypy strict and pyright
 	$(BIN)/mypy --strict shmpool tests/typing
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean: ## remove what was built, and the environment
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache shmpool/*.so

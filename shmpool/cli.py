@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ class _Refusal(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a locale that lacks a character of ours gets a "?" for it
+        if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character of ours gets a "?" for it
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
