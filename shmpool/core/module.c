@@ -986,7 +986,7 @@ static bool sleep_in_queue(PoolObject *self, struct request *request, uint64_t n
             waiter_prepare(&pool->slab, &request->place);
             return true;
         }
-        slice = WAITER_HANDOVER_AFTER_NS - waited;
+        slice = 2 * WAITER_HANDOVER_AFTER_NS - waited;
     }
     if (slice > request->deadline_ns - now)
         slice = request->deadline_ns - now;

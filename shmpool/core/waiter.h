@@ -22,10 +22,10 @@
  * free for all and the waiter is only woken (waiter_wake_first): a running process may take it first, and no connection lies idle
  * for the 20 microseconds that a wake-up takes. From HANDOVER_AFTER on the slot is offered to it and nobody else can take it.
  *
- * A waiter that was woken and found nothing becomes patient: it asks not to be woken again before it has waited HANDOVER_AFTER, and
- * sleeps no longer than that. Else each release would wake somebody in vain while running processes take and return connections
+ * A waiter that was woken and found nothing becomes patient: it is not woken again but for an offer, and sleeps until twice
+ * HANDOVER_AFTER at most. Else each release would wake somebody in vain while running processes take and return connections
  * faster than anyone wakes up. So a wait costs at most one vain wake-up, and a slot that comes free meanwhile and is not taken by a
- * running process lies idle for at most HANDOVER_AFTER.
+ * running process lies idle for at most that long. (Twice: where others release, the offer comes before it looks by itself.)
  *
  * A summary word in the header has a bit for each group of 64 waiters: 0 means that nobody waits, and is all that a warm
  * get() or release() reads of this file. It is a hint: set by each waiter before it looks for the last time, and again at every
