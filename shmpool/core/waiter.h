@@ -61,7 +61,7 @@ enum {
 #define WAITER_FREE_WORD ((uint64_t)WAITER_FREE)
 _Static_assert(SHM_MAX_SLOTS <= 1 << 17, "a slot index fits into the waiter's word");
 
-#define WAITER_HANDOVER_AFTER_NS UINT64_C(500000) /* chosen by measurement: docs/design.md, "waiter" */
+#define WAITER_HANDOVER_AFTER_NS UINT64_C(450000) /* chosen by measurement: docs/design.md, "waiter" */
 #define WAITER_OFFER_TTL_NS UINT64_C(25000000)
 #define WAITER_SLICE_NS UINT64_C(20000000)
 
