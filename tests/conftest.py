@@ -1,6 +1,6 @@
-"""What every test gets: proof that its descriptors and segments came home, and a port that refuses.
+"""What every test gets: proof that its descriptors and segments came home. What many want: a server, processes, pools.
 
-Not here: servers to connect to (`servers.py`).
+Not here: the servers themselves (`servers.py`), how processes are run (`processes.py`).
 """
 
 from __future__ import annotations
@@ -8,10 +8,15 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from shmpool import Pool
+from tests.processes import Family, until
+from tests.servers import ExclusiveServer
 
 SEGMENTS = Path("/dev/shm")
 
@@ -82,3 +87,36 @@ def deaf_port() -> Iterator[int]:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         yield int(holder.getsockname()[1])
+
+
+@pytest.fixture
+def server() -> Iterator[ExclusiveServer]:
+    """A server of the test's own; files with many tests have one of theirs for all."""
+    with ExclusiveServer() as server:
+        yield server
+
+
+@pytest.fixture
+def family() -> Iterator[Family]:
+    with Family() as family:
+        yield family
+
+
+@pytest.fixture
+def make(server: ExclusiveServer) -> Iterator[Callable[..., Pool]]:
+    """Make pools of one connection; at the end they are closed, and nothing may be out or left at the server."""
+    made: list[Pool] = []
+
+    def make_pool(**settings: Any) -> Pool:
+        defaults: dict[str, Any] = {"max_connections": 1, "min_connections": 0}
+        if "dial" not in settings:
+            defaults["target"] = server.url
+        made.append(Pool(**{**defaults, **settings}))
+        return made[-1]
+
+    creator = os.getpid()
+    yield make_pool
+    if os.getpid() == creator:
+        out = [pool.close() for pool in made]
+        assert not any(out), f"leases left out: {out}"
+        until(lambda: server.stats()["open"] == 0, "every connection is closed")

@@ -56,28 +56,6 @@ def server(shared_server: ExclusiveServer) -> ExclusiveServer:
 
 
 @pytest.fixture
-def make(server: ExclusiveServer) -> Iterator[Callable[..., Pool]]:
-    """Make pools of one connection; at the end they are closed, and nothing may be out or left at the server."""
-    made: list[Pool] = []
-
-    def make_pool(**settings: Any) -> Pool:
-        defaults = {
-            "max_connections": 1,
-            "min_connections": 0,
-            **({} if "dial" in settings else {"target": server.url}),
-        }
-        made.append(Pool(**{**defaults, **settings}))
-        return made[-1]
-
-    creator = os.getpid()
-    yield make_pool
-    if os.getpid() == creator:
-        out = [pool.close() for pool in made]
-        assert not any(out), f"leases left out: {out}"
-        until(lambda: server.stats()["open"] == 0, "every connection is closed")
-
-
-@pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as executor:
         yield executor

@@ -51,18 +51,6 @@ KINDS: list[Any] = [
 ]
 
 
-@pytest.fixture
-def server() -> Iterator[ExclusiveServer]:
-    with ExclusiveServer() as server:
-        yield server
-
-
-@pytest.fixture
-def family() -> Iterator[Family]:
-    with Family() as family:
-        yield family
-
-
 # ---- the pool in a child -------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,18 +35,6 @@ from tests.processes import (
 from tests.servers import ExclusiveServer, Kind, ask, exclusive_use
 
 SOON_S = 1.0  # the promise is 60 ms while somebody waits
-
-
-@pytest.fixture
-def server() -> Iterator[ExclusiveServer]:
-    with ExclusiveServer() as server:
-        yield server
-
-
-@pytest.fixture
-def family() -> Iterator[Family]:
-    with Family() as family:
-        yield family
 
 
 def hold(pool: Pool, held: Any, **wanted: Any) -> None:

@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,18 +30,6 @@ from tests.processes import (
 from tests.servers import ExclusiveServer, exclusive_use
 
 OTHERS = 3
-
-
-@pytest.fixture
-def server() -> Iterator[ExclusiveServer]:
-    with ExclusiveServer() as server:
-        yield server
-
-
-@pytest.fixture
-def family() -> Iterator[Family]:
-    with Family() as family:
-        yield family
 
 
 def test_stopped_with_a_lease(server: ExclusiveServer, family: Family) -> None:

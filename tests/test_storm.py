@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,18 +24,6 @@ LENGTHS: list[Any] = [
         "long", marks=[pytest.mark.slow, pytest.mark.skipif(not LONG, reason="SHMPOOL_TEST_LONG=1 asks for it")]
     ),
 ]
-
-
-@pytest.fixture
-def server() -> Iterator[ExclusiveServer]:
-    with ExclusiveServer() as server:
-        yield server
-
-
-@pytest.fixture
-def family() -> Iterator[Family]:
-    with Family() as family:
-        yield family
 
 
 def worker(pool: Pool, end: float, turns: Counters, place: int, use_s: float = 0.0) -> tuple[int, int]:

@@ -19,7 +19,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sched.h>
 #include <unistd.h>
 
 #include "connection.h"
@@ -781,7 +780,6 @@ struct request {
     uint64_t timeout_ns, begun_ns, deadline_ns; /* without may_wait the deadline is NEVER: only a dial takes time */
     uint64_t linger_ns;   /* what is left of the time for peers to close, over all connections that this call ends */
     uint32_t generation;  /* of the handle when it began, or began anew after a fork */
-    int yields;           /* how often it let others run before it queued */
     bool resorted;        /* last_resort() was tried */
     bool woken;           /* the last sleep in the queue ended by a wake-up */
     struct waiter_place place;
@@ -1005,11 +1003,7 @@ static bool sleep_in_queue(PoolObject *self, struct request *request, uint64_t n
     return !interrupted;
 }
 
-/* Where more processes want to run than there are cores, those who hold connections are waiting for a core: let them, and there may
- * be a free slot without anybody's having slept or woken. Where cores are idle it costs two system calls of nothing. */
-enum { YIELDS_BEFORE_QUEUE = 2 };
-
-/* Nothing is free: let others run, join the queue, or sleep in it. True: look again; false with an exception. */
+/* Nothing is free: join the queue, or sleep in it. True: look again; false with an exception. */
 static bool wait_turn(PoolObject *self, struct request *request)
 {
     struct pool *pool = &self->pool;
@@ -1026,13 +1020,6 @@ static bool wait_turn(PoolObject *self, struct request *request)
     }
     if (request->place.queued)
         return sleep_in_queue(self, request, now);
-    if (request->yields < YIELDS_BEFORE_QUEUE) {
-        request->yields++;
-        Py_BEGIN_ALLOW_THREADS
-        sched_yield();
-        Py_END_ALLOW_THREADS
-        return true;
-    }
     if (!waiter_enter(&pool->slab, &request->place, pool->worker, request->mask, (uint32_t)gettid(), now))
         return give_up(self, request, SHM_W_exhausted, "waiters");
     pool_count(pool, SHM_W_waits, 1);

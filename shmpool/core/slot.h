@@ -10,16 +10,14 @@
  * 2^47 changes of one slot; at 20 million changes a second that is 81 days during which one lease is held stale.
  * owner: worker index + 1, or 0. Who may act on the slot; for IDLE, in whose local cache it is (a hint).
  *
- *            dial                 install
- *   EMPTY ----------> DIALING ---------------+
- *     ^                  | fail              v      take           release
- *     |                  +----------> EMPTY  LEASED <------- IDLE <--------- LEASED
- *     |                                      | | ^           | ^ |
- *     |  closed          retire              | | | claim     | | | check
- *     +--------- RETIRING <------------------+ | +-- OFFERED | | +--------> CHECKING --> IDLE
- *                   ^  ^                       +----> ^  |   | |  expired/ back
- *                   |  +-- IDLE, CHECKING, DIALING    +--|---+ |
- *                   +----- OFFERED (recovery only)       +-----+
+ *            dial               install            release
+ *   EMPTY ----------> DIALING ----------> LEASED <----------> IDLE <------> CHECKING
+ *     ^                  |                 | ^      take        ^    check      |
+ *     |   dial failed    |       hand over | | claim            |               |
+ *     |<-----------------+                 v |     taken back   |               |
+ *     |                                  OFFERED ---------------+               |
+ *     |      closed                                                             |
+ *     +---------------- RETIRING <---- condemned: every state but EMPTY --------+
  *
  *   from      to        function       who                           meaning
  *   EMPTY     DIALING   slot_move      anyone                        takes the permit to open a connection
@@ -38,6 +36,7 @@
  *   RETIRING  RETIRING  slot_move      recovery                      the closer died: its recoverer goes on
  *   RETIRING  EMPTY     slot_move      the closer                    closed; permit free
  *
+ * (CHECKING is for the health checks of maintenance, which nothing in this version runs; recovery knows it.)
  * What holds in each state: EMPTY: no letter in the mailbox, no open connection. DIALING, LEASED, CHECKING, RETIRING: only
  * a thread of the owner touches row and mailbox. IDLE: row and letter are whole. OFFERED: as IDLE.
  * The number of slots that are not EMPTY is the number of connections. The state 0 does not exist.
@@ -48,7 +47,7 @@
  * confirmed by a CAS from it.
  *
  * Source of the idea: HikariCP's ConcurrentBag (state per entry, CAS, hints beside it); sequence counters as in LMDB's
- * and iceoryx2's tables. Not here: which slot to take (take.c), the queue (waiter.c).
+ * and iceoryx2's tables. Not here: which slot to take (pool.c), the queue (waiter.c).
  */
 #ifndef SHMPOOL_SLOT_H
 #define SHMPOOL_SLOT_H
