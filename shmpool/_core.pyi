@@ -3,7 +3,7 @@
 import socket as _socket
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, final
+from typing import Any, Literal, final
 
 from .config import IPVersion, Protocol
 
@@ -96,10 +96,10 @@ class PoolBase:
     def get(
         self,
         timeout: float | None = None,
-        protocol: Protocol | str | None = None,
-        ip_version: IPVersion | int | None = None,
+        protocol: Protocol | Literal["tcp", "udp", "unix"] | None = None,
+        ip_version: IPVersion | Literal[4, 6] | None = None,
     ) -> PooledConnection:
-        """Lease a connection, waiting up to `timeout` seconds (None: the pool's `get_timeout`).
+        """Lease a connection, waiting up to `timeout` seconds (None: the pool's `get_timeout`; 0: for nobody's return).
 
         In order: an idle connection this process used last; one from the shared list; one out of another process's
         cache; a new one, if the cap allows; what a dead process held; else the first that is returned, in the order of
@@ -112,7 +112,9 @@ class PoolBase:
         """
 
     def try_get(
-        self, protocol: Protocol | str | None = None, ip_version: IPVersion | int | None = None
+        self,
+        protocol: Protocol | Literal["tcp", "udp", "unix"] | None = None,
+        ip_version: IPVersion | Literal[4, 6] | None = None,
     ) -> PooledConnection:
         """Lease a connection without waiting for anybody's return: an idle one, or a new one if the cap allows.
 

@@ -110,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
 
     unlinking = add("unlink", _unlink, "remove a pool that no process uses any more")
     unlinking.add_argument("name", metavar="NAME", help="the pool")
-    unlinking.add_argument("--force", action="store_true", help="also one in use: its processes go on with it, unseen")
+    unlinking.add_argument(
+        "--force", action="store_true", help="also one in use: its processes keep it, and nobody can look at it"
+    )
 
     demo = add("demo", _demo, "see a pool at work: workers on a Redis of its own, two of them killed on the way")
     demo.add_argument("--seconds", type=_seconds, default=10.0, metavar="S", help="how long (default 10)")

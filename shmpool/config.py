@@ -257,7 +257,7 @@ class PoolConfig:
     """The settings of a pool. Times are seconds. Exactly one of `target` and `dial` is given."""
 
     # Where connections come from: a target's text, or a callable that opens one.
-    target: str | None = _setting(None, _optional(_target, "with a dial"))
+    target: str | None = _setting(None, lambda value: "" if value is None else _target(value))
     dial: Dial | None = _setting(None, _optional(_call, "with a target"))
     # The name that other processes find the pool by; None takes a random one.
     name: str | None = _setting(None, _optional(name_problem, "for a random one"))
@@ -301,7 +301,7 @@ class PoolConfig:
 
     @property
     def effective_min_connections(self) -> int:
-        """`min_connections`, or what its None stands for."""
+        """`min_connections`; where that is None: 2, or 1 under a cap of 1."""
         return min(2, self.max_connections) if self.min_connections is None else self.min_connections
 
     def to_dict(self) -> dict[str, Any]:
@@ -390,7 +390,8 @@ def _refuse(problems: list[InvalidConfig]) -> None:
 
 def _no_such(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(str(name), known, n=1)
-    return f"there is no such setting; did you mean {nearest[0]}?" if nearest else "there is no such setting; remove it"
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
+    return f"there is no such setting; {hint}"
 
 
 def _plain(value: object) -> object:

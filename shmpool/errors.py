@@ -251,7 +251,7 @@ class PoolExists(PoolError, FileExistsError):
     def _text(self) -> str:
         return (
             f"{_named('pool', self.name)} exists already, created by process {self.pid}; "
-            f"choose another name, or remove it{_command('unlink', self.name)}"
+            f"choose another name, or close() that pool first"
         )
 
 
@@ -264,7 +264,10 @@ class PoolInUse(PoolError):
 
     def _text(self) -> str:
         who = f" by process {', '.join(map(str, self.pids))}" if self.pids else ""
-        return f"pool {self.name!r} is in use{who}; stop what uses it first, or force it (that goes on with it, unseen)"
+        return (
+            f"pool {self.name!r} is in use{who}; stop what uses it first. With --force (force=True) only the name goes: "
+            "what uses the pool keeps it, and nobody can look at it"
+        )
 
 
 # Words that several texts share.

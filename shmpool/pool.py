@@ -118,10 +118,14 @@ class Pool(_core.PoolBase):
     def __init__(self, target: str | None = None, *, config: PoolConfig | None = None, **settings: Any) -> None:
         if config is None:
             config = PoolConfig.from_dict({"target": target, **settings})
+        elif not isinstance(config, PoolConfig):
+            raise InvalidConfig(
+                field="config", value=config, remedy="must be a PoolConfig; PoolConfig.from_dict() makes one"
+            )
         elif target is not None or settings:
             given = ", ".join(["target"] * (target is not None) + sorted(settings))
-            remedy = "give config=, or the settings themselves; config.replace(...) changes single ones"
-            raise InvalidConfig(field="config", value=given, remedy=remedy)
+            remedy = f"give it alone, without {given}; config.replace(...) changes single settings"
+            raise InvalidConfig(field="config", value=config, remedy=remedy)
         self._config = config
         self._target = Target.parse(config.target) if config.target is not None else None
         self._name = config.name or f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -267,6 +271,8 @@ class Pool(_core.PoolBase):
 
     def _no_such_kind(self, protocol: object, ip_version: object) -> Exception:
         """The exception for a kind of connection that this pool can never have."""
+        if protocol is not None and not isinstance(protocol, str):
+            return TypeError(f"protocol must be 'tcp', 'udp' or 'unix', not {protocol!r}")
         whole = [kind for index, kind in enumerate(BUCKETS) if self._whole_mask() >> index & 1]
         fitting = [kind for kind in whole if protocol is None or kind[0] == protocol]
         if not fitting:

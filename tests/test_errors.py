@@ -55,7 +55,7 @@ SAMPLES: list[tuple[PoolError, list[str]]] = [
     (SlabCorrupt(name="web", detail="slot 3: state 15"), ["'web'", "slot 3: state 15", "shmpool unlink web"]),
     (SlabVersionMismatch(name="web", found=1, expected=2), ["'web'", "layout 1", "has 2"]),
     (PoolNotFound(name="web"), ["'web'", "shmpool list"]),
-    (PoolExists(name="web", pid=321), ["'web'", "process 321", "shmpool unlink web"]),
+    (PoolExists(name="web", pid=321), ["'web'", "process 321", "close()"]),
     (PoolInUse(name="web", pids=(3, 21)), ["'web'", "process 3, 21"]),
     (DescriptorsLost(pool="web"), ["'web'", "descriptors", "keep inherited descriptors open"]),
 ]

@@ -77,8 +77,11 @@ static PyObject *lease_expired; /* shmpool.errors.LeaseExpired */
 static bool seconds_ns(PyObject *value, const char *what, uint64_t *ns)
 {
     double seconds = PyFloat_AsDouble(value);
-    if (seconds == -1.0 && PyErr_Occurred())
+    if (seconds == -1.0 && PyErr_Occurred()) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError))
+            PyErr_Format(PyExc_TypeError, "%s must be seconds as a number, not %R", what, value);
         return false;
+    }
     if (!(seconds >= 0)) {
         PyErr_Format(PyExc_ValueError, "%s must be seconds >= 0, not %R", what, value);
         return false;
@@ -422,7 +425,7 @@ static inline bool lease_is_ours(LeaseObject *lease)
 static PyObject *lease_refuse(LeaseObject *lease)
 {
     if (!lease->active)
-        return expired(lease->id, "it was already given back");
+        return expired(lease->id, "the lease is over (released, discarded or retired)");
     return expired(lease->id, lease_is_ours(lease) ? "it was taken away"
                                                    : "it belongs to another process (a fork, or the pool was closed)");
 }
@@ -543,6 +546,8 @@ static PyObject *lease_discard(LeaseObject *lease, PyObject *const *args, Py_ssi
     PyObject *reason;
     if (!parse_call("discard", known, 1, args, count, names, &reason))
         return NULL;
+    if (reason != Py_None && !PyUnicode_Check(reason))
+        return PyErr_Format(PyExc_TypeError, "discard() wants a text for its reason, not %R", reason);
     if (!lease_is_ours(lease))
         return lease_refuse(lease);
     if (!lease_discard_as(lease, SHM_T_closed_error))
@@ -685,14 +690,27 @@ static PyObject *lease_named_field(LeaseObject *lease, void *name)
 
 static PyObject *lease_repr(LeaseObject *lease)
 {
-    const char *state = lease_is_ours(lease) ? "leased" : "given back";
-    return PyUnicode_FromFormat("<shmpool.PooledConnection slot %u, %s>", (unsigned)lease->claim.slot, state);
+    const char *state = !lease->active ? "over" : lease_is_ours(lease) ? "leased" : "of another process";
+    return PyUnicode_FromFormat("<shmpool.PooledConnection %llu, %s>", (unsigned long long)lease->id, state);
+}
+
+static PyObject *lease_reduce(LeaseObject *lease, PyObject *unused)
+{
+    (void)lease, (void)unused;
+    PyErr_SetString(PyExc_TypeError, "a lease cannot be pickled: it belongs to this process. Let the other process get() one of its own");
+    return NULL;
 }
 
 static PyMethodDef lease_methods[] = {
-    {"release", FASTCALL(lease_release), METH_NOARGS, PyDoc_STR("release() -> None. Give the connection back. See the stub.")},
+    {"release", FASTCALL(lease_release), METH_NOARGS,
+     PyDoc_STR("release($self)\n--\n\nGive the connection back to the pool.\n\n"
+               "The socket's mode is put back; a socket that was closed, detached or shut down has its connection retired.\n"
+               "Raises LeaseExpired when the lease is over already, or belongs to another process.")},
     {"discard", FASTCALL(lease_discard), METH_FASTCALL | METH_KEYWORDS,
-     PyDoc_STR("discard(reason='') -> None. Retire the connection instead of giving it back.")},
+     PyDoc_STR("discard($self, reason='')\n--\n\nRetire the connection instead of giving it back.\n\n"
+               "It is shut down for all processes, and its permit is free. The reason is for the reader of the code.\n"
+               "Raises LeaseExpired as release() does.")},
+    {"__reduce__", FASTCALL(lease_reduce), METH_NOARGS, NULL},
     {"__enter__", FASTCALL(lease_enter), METH_NOARGS, NULL},
     {"__exit__", FASTCALL(lease_exit), METH_FASTCALL, NULL},
     {NULL},
@@ -716,7 +734,11 @@ static PyGetSetDef lease_getset[] = {
 
 static PyType_Slot lease_slots[] = {
     {Py_tp_dealloc, lease_dealloc}, {Py_tp_finalize, lease_finalize}, {Py_tp_repr, lease_repr},
-    {Py_tp_methods, lease_methods}, {Py_tp_getset, lease_getset},     {Py_tp_doc, (void *)PyDoc_STR("One lease of one connection; made by Pool.get().")},
+    {Py_tp_methods, lease_methods}, {Py_tp_getset, lease_getset},     {Py_tp_doc, (void *)PyDoc_STR("One lease of one connection, made by Pool.get().\n\n"
+                                   "Use it in a with statement: at the end the connection goes back to the pool, after an exception it is\n"
+                                   "retired. Or call release() or discard(), once. A lease is of one use: afterwards, and in a forked child of\n"
+                                   "the process that took it, every access raises LeaseExpired and changes nothing. One that is dropped\n"
+                                   "without release is retired with a ResourceWarning.")},
     {0, NULL},
 };
 static PyType_Spec lease_spec = {"shmpool.PooledConnection", sizeof(LeaseObject), 0,
@@ -895,7 +917,8 @@ static bool dial(PoolObject *self, struct pool_claim *claim, struct request *req
     struct pool *pool = &self->pool;
     uint32_t generation = pool->generation;
     uint64_t id = pool_name_connection(pool, claim), begun = clock_now();
-    double left = request->deadline_ns == NEVER ? Py_HUGE_VAL
+    bool unlimited = request->deadline_ns == NEVER || !request->timeout_ns; /* 0: wait for nobody; a dial has its own limit */
+    double left = unlimited                      ? Py_HUGE_VAL
                   : request->deadline_ns > begun ? (double)(request->deadline_ns - begun) / 1e9
                                                  : 0.0;
     double timeout = request->timeout_ns == NEVER ? Py_HUGE_VAL : (double)request->timeout_ns / 1e9;
@@ -1550,12 +1573,21 @@ static void pool_dealloc(PoolObject *self)
 }
 
 static PyMethodDef pool_methods[] = {
-    {"get", FASTCALL(pool_get), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout=None, protocol=None, ip_version=None)")},
-    {"try_get", FASTCALL(pool_try_get), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("try_get(protocol=None, ip_version=None)")},
-    {"get_tcp", FASTCALL(pool_get_tcp), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout, protocol='tcp')")},
-    {"get_udp", FASTCALL(pool_get_udp), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout, protocol='udp')")},
-    {"get_ipv4", FASTCALL(pool_get_ipv4), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout, ip_version=4)")},
-    {"get_ipv6", FASTCALL(pool_get_ipv6), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get(timeout, ip_version=6)")},
+    {"get", FASTCALL(pool_get), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get($self, timeout=None, protocol=None, ip_version=None)\n--\n\n"
+               "Lease a connection, waiting up to timeout seconds (None: the pool's get_timeout; 0: for nobody's return).\n\n"
+               "In order: an idle connection this process used last; one from the shared list; one out of another process's\n"
+               "cache; a new one, if the cap allows; what a dead process held; else the first that is returned, in order of\n"
+               "arrival. protocol ('tcp', 'udp', 'unix') and ip_version (4, 6) restrict the choice.\n\n"
+               "Raises PoolTimeout, PoolClosed, DialError (the server cannot be reached), PoolExhausted (more than max_waiters\n"
+               "wait, or more than max_workers processes take part), NoConnectionForProtocol, NoConnectionForIPVersion, or what\n"
+               "a signal handler raised. Threads may call it at once; forked children use it as it is.")},
+    {"try_get", FASTCALL(pool_try_get), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("try_get($self, protocol=None, ip_version=None)\n--\n\n"
+               "Lease a connection without waiting for anybody's return: an idle one, or a new one if the cap allows.\n\n"
+               "Raises PoolExhausted when there is neither; otherwise as get().")},
+    {"get_tcp", FASTCALL(pool_get_tcp), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_tcp($self, timeout=None)\n--\n\nget(timeout, protocol='tcp').")},
+    {"get_udp", FASTCALL(pool_get_udp), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_udp($self, timeout=None)\n--\n\nget(timeout, protocol='udp').")},
+    {"get_ipv4", FASTCALL(pool_get_ipv4), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_ipv4($self, timeout=None)\n--\n\nget(timeout, ip_version=4).")},
+    {"get_ipv6", FASTCALL(pool_get_ipv6), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_ipv6($self, timeout=None)\n--\n\nget(timeout, ip_version=6).")},
     {"_create", FASTCALL(pool_create_), METH_VARARGS, NULL},
     {"_mail", FASTCALL(pool_mail), METH_VARARGS, NULL},
     {"_recover", FASTCALL(pool_recover), METH_NOARGS, NULL},
