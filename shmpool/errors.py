@@ -265,7 +265,7 @@ class PoolInUse(PoolError):
     def _text(self) -> str:
         who = f" by process {', '.join(map(str, self.pids))}" if self.pids else ""
         return (
-            f"pool {self.name!r} is in use{who}; stop what uses it first. With --force (force=True) only the name goes: "
+            f"pool {self.name!r} is in use{who}; stop what uses it first. With --force only the name goes: "
             "what uses the pool keeps it, and nobody can look at it"
         )
 
