@@ -272,7 +272,7 @@ def test_all_problems_are_reported_together() -> None:
     assert {part.field for part in error.errors} == set(bad)
     assert "5 problems" in str(error)
     assert "did you mean max_connections?" in str(error)
-    assert "zzz=1: there is no such setting; remove it" in str(error)
+    assert "zzz=1: there is no such setting; there are target, dial, " in str(error)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 

@@ -150,7 +150,7 @@ def test_a_released_lease_is_over(pool: Pool) -> None:
     number = conn.id
     conn.release()
     refuses(conn, number)
-    assert "given back" in repr(conn)
+    assert "over" in repr(conn)
     with pool.get() as second:
         assert second.id == number
         refuses(conn, number)

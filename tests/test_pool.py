@@ -959,6 +959,15 @@ def test_maintain_opens_up_to_the_minimum(make: Callable[..., Pool], server: Exc
     assert pool.stats().created == 5
 
 
+def test_a_timeout_of_zero_dials_but_waits_for_nobody(make: Callable[..., Pool]) -> None:
+    pool = make()
+    with pool.get(timeout=0) as conn:
+        assert ask(conn.socket, "PING").startswith("PONG")
+        with pytest.raises(PoolTimeout) as caught:
+            pool.get(timeout=0)
+    assert (caught.value.timeout, caught.value.counts["leased"]) == (0, 1)
+
+
 def test_maintain_says_when_the_server_is_away(make: Callable[..., Pool], deaf_port: int) -> None:
     pool = make(target=f"tcp://127.0.0.1:{deaf_port}", min_connections=1)
     with pytest.raises(DialError):
