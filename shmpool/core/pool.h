@@ -3,7 +3,7 @@
  * The handle is private memory: it maps the slab, holds the mailboxes and what this process knows of each connection (entries).
  * Several handles fit into one process (C tests let threads play worker processes).
  *
- * The order of a get (blueprint of pool_take): local cache -> free-list -> steal by scan -> an offer nobody claimed ->
+ * The order of a get (pool_take): local cache -> free-list -> steal by scan -> an offer nobody claimed ->
  * an empty slot (dial) -> recovery of the dead, once more -> retire an idle connection of another kind -> nothing: wait.
  *
  * Threads: all functions may be called by several threads of a process at once. What belongs to a slot (its entry, row and
