@@ -137,11 +137,11 @@ static void sit_down(struct pool *pool, uint32_t index)
     struct worker_shm *row = &pool->slab.workers[index];
     pool->worker = index + 1;
     pool->row = row;
-    recovery_sweep(pool, pool->worker); /* also when the row is FREE: a thread of one that left may have come too late */
     SHM_STORE(hint, row->pid, pool->pid);
     SHM_STORE(hint, row->started_ns, clock_now());
     SHM_ADD(hint, row->generation, 1);
-    SHM_STORE_RELEASE(worker, row->state, SHM_WORKER_ACTIVE);
+    SHM_STORE_RELEASE(worker, row->state, SHM_WORKER_ACTIVE); /* before the sweep: if we die in it, others go on with it */
+    recovery_sweep(pool, pool->worker); /* also when the row is FREE: a thread of one that left may have come too late */
 }
 
 /* First the indices given back, then those whose holders died. */
