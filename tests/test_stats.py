@@ -110,7 +110,6 @@ def snapshot(
         "max_workers": 8,
         "max_waiters": 8,
         "size": 4096,
-        "retired": 0,
         "totals": {**dict.fromkeys(TOTAL_COUNTERS, 0), **(totals or {})},
         "slot_fields": tuple(SLOT_FIELDS),
         "slots": [tuple(row[name] for name in SLOT_FIELDS) for row in slots],

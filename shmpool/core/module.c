@@ -732,13 +732,15 @@ static PyGetSetDef lease_getset[] = {
     {NULL},
 };
 
+PyDoc_STRVAR(lease_doc, "One lease of one connection, made by Pool.get().\n\n"
+                        "Use it in a with statement: at the end the connection goes back to the pool, after an exception it is\n"
+                        "retired. Or call release() or discard(), once. A lease is of one use: afterwards, and in a forked child of\n"
+                        "the process that took it, every access raises LeaseExpired and changes nothing. One that is dropped\n"
+                        "without release is retired with a ResourceWarning.");
+
 static PyType_Slot lease_slots[] = {
     {Py_tp_dealloc, lease_dealloc}, {Py_tp_finalize, lease_finalize}, {Py_tp_repr, lease_repr},
-    {Py_tp_methods, lease_methods}, {Py_tp_getset, lease_getset},     {Py_tp_doc, (void *)PyDoc_STR("One lease of one connection, made by Pool.get().\n\n"
-                                   "Use it in a with statement: at the end the connection goes back to the pool, after an exception it is\n"
-                                   "retired. Or call release() or discard(), once. A lease is of one use: afterwards, and in a forked child of\n"
-                                   "the process that took it, every access raises LeaseExpired and changes nothing. One that is dropped\n"
-                                   "without release is retired with a ResourceWarning.")},
+    {Py_tp_methods, lease_methods}, {Py_tp_getset, lease_getset},     {Py_tp_doc, (void *)lease_doc},
     {0, NULL},
 };
 static PyType_Spec lease_spec = {"shmpool.PooledConnection", sizeof(LeaseObject), 0,
@@ -1158,13 +1160,20 @@ static bool check_made(PoolObject *self)
     return self->made;
 }
 
+enum {
+    TCP_MASK = 1 << BUCKET_TCP4 | 1 << BUCKET_TCP6,
+    UDP_MASK = 1 << BUCKET_UDP4 | 1 << BUCKET_UDP6,
+    IPV4_MASK = 1 << BUCKET_TCP4 | 1 << BUCKET_UDP4,
+    IPV6_MASK = 1 << BUCKET_TCP6 | 1 << BUCKET_UDP6,
+};
+
 /* The buckets of a protocol name and of an IP version; 0 for what is neither. */
 static uint32_t protocol_mask(PyObject *protocol)
 {
     static const struct {
         const char *name;
         uint32_t mask;
-    } known[] = {{"tcp", 1 | 2}, {"udp", 4 | 8}, {"unix", 16}};
+    } known[] = {{"tcp", TCP_MASK}, {"udp", UDP_MASK}, {"unix", 1 << BUCKET_UNIX}};
     if (protocol == Py_None)
         return WAITER_ANY_BUCKET;
     for (size_t i = 0; PyUnicode_Check(protocol) && i < 3; i++)
@@ -1179,7 +1188,7 @@ static uint32_t version_mask(PyObject *version)
         return WAITER_ANY_BUCKET;
     int overflow = 0;
     long value = PyLong_Check(version) ? PyLong_AsLongAndOverflow(version, &overflow) : 0;
-    return value == 4 ? 1 | 4 : value == 6 ? 2 | 8 : 0;
+    return value == 4 ? IPV4_MASK : value == 6 ? IPV6_MASK : 0;
 }
 
 /* The buckets that a call wants; 0 with an exception when this pool can never have one. */
@@ -1248,10 +1257,10 @@ static PyObject *get_kind(PoolObject *self, const char *function, uint32_t mask,
     {                                                                                                                  \
         return get_kind(self, #name, mask, protocol, version, args, count, names);                                     \
     }
-GET_KIND(get_tcp, 1 | 2, "tcp", 0)
-GET_KIND(get_udp, 4 | 8, "udp", 0)
-GET_KIND(get_ipv4, 1 | 4, NULL, 4)
-GET_KIND(get_ipv6, 2 | 8, NULL, 6)
+GET_KIND(get_tcp, TCP_MASK, "tcp", 0)
+GET_KIND(get_udp, UDP_MASK, "udp", 0)
+GET_KIND(get_ipv4, IPV4_MASK, NULL, 4)
+GET_KIND(get_ipv6, IPV6_MASK, NULL, 6)
 
 /* ---- the other methods of PoolBase ---- */
 

@@ -133,11 +133,11 @@ PyObject *snapshot_build(struct slab *slab, int fd)
     struct header_shm *header = slab->header;
     bool open = SHM_LOAD(hint, header->state) == SHM_POOL_OPEN;
     return Py_BuildValue(
-        "{sssssssIsIsdsKsssIsIsIsKsK sN sN s(sssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
+        "{sssssssIsIsdsKsssIsIsIsK sN sN s(sssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
         header->target, "config", header->config, "uid", header->creator_uid, "creator_pid", header->creator_pid, "created_at",
         (double)header->created_realtime_ns / 1e9, "now", (unsigned long long)clock_now(), "state", open ? "open" : "closed",
         "max_connections", header->max_slots, "max_workers", header->max_workers, "max_waiters", header->max_waiters, "size",
-        (unsigned long long)header->total_size, "retired", (unsigned long long)SHM_LOAD(hint, header->retired), "totals",
+        (unsigned long long)header->total_size, "totals",
         counter_dict(slab->totals->counters, total_counter_names, SHM_T_COUNT), "slots", slot_list(slab), "slot_fields",
         "index", "state", "owner", "id", "bucket", "peer", "created_ns", "last_used_ns", "leased_ns", "uses", "flags",
         "workers", worker_list(slab, fd), "worker_fields", "index", "pid", "alive", "started_ns", "generation", "counters",

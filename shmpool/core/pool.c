@@ -394,7 +394,7 @@ enum pool_taken pool_take(struct pool *pool, uint32_t mask, struct waiter_place 
 enum pool_condition pool_check(struct pool *pool, uint32_t slot, int fd)
 {
     uint32_t kind = SHM_LOAD(row, pool->slab.slots[slot].kind);
-    bool datagrams = kind_bucket(kind) == 2 || kind_bucket(kind) == 3;
+    bool datagrams = bucket_is_udp(kind_bucket(kind));
     pool_count(pool, SHM_W_checks, 1);
     enum connection_health health;
     if (datagrams && pool->options.clear_udp_buffer)
@@ -532,7 +532,6 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
     assert(slot_state(claim->word) == SLOT_RETIRING);
     mailbox_drain(pool->mailboxes[claim->slot]);
     pool_count_total(pool, reason, 1);
-    SHM_ADD(hint, pool->slab.header->retired, 1);
     make_empty(pool, claim);
 }
 

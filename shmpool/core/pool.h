@@ -52,7 +52,9 @@ struct pool {
     _Atomic(int) spare_fd; /* given up for a moment when a letter must be read and no descriptor is left */
     uint32_t pid;
     struct seat *seat;
-    atomic_bool recovering; /* a thread of ours sweeps; OFD locks do not exclude threads of one process */
+    /* A thread of ours sweeps; OFD locks do not exclude threads of one process. Taken with acquire, given back with release: the
+     * next sweeper sees the seat as the last one left it. Never crosses the process border. */
+    atomic_bool recovering;
     a64_shm timing_tick;    /* private: when the last sample was taken, and leases since */
     a32_shm timing_count;
     struct local_cache cache;
@@ -163,6 +165,7 @@ void pool_shut(struct pool *pool);
 /* ---- inline parts ---- */
 
 static inline unsigned kind_bucket(uint32_t kind) { return kind & 0xff; }
+static inline bool bucket_is_udp(unsigned bucket) { return bucket == BUCKET_UDP4 || bucket == BUCKET_UDP6; }
 /* the waiters that a connection of this kind may serve; all of them when the kind is damaged */
 static inline uint32_t kind_mask(uint32_t kind)
 {
@@ -215,7 +218,7 @@ static inline enum pool_condition pool_validate(struct pool *pool, uint32_t slot
     if (SHM_UNLIKELY(SHM_LOAD(row, row->expires_ns) <= now))
         return CONDITION_LIFETIME;
     uint64_t idle = now > used ? now - used : 0;
-    if (SHM_LIKELY(idle < pool->options.alive_bypass_ns && bucket != 2 && bucket != 3))
+    if (SHM_LIKELY(idle < pool->options.alive_bypass_ns && !bucket_is_udp(bucket)))
         return CONDITION_GOOD;
     if (idle > pool->options.idle_timeout_ns)
         return CONDITION_IDLE;

@@ -36,7 +36,7 @@ enum {
     SHM_MAX_WORKERS = 4096,
     SHM_WAITER_GROUP = 64,                      /* waiters that share a bit of the summary */
     SHM_MAX_WAITERS = 63 * SHM_WAITER_GROUP,    /* bit 63 of the summary is the attention bit */
-    SHM_BUCKETS = 5,                            /* tcp/4 tcp/6 udp/4 udp/6 unix */
+    SHM_BUCKETS = 5,                            /* enum bucket */
     SHM_BITMAPS = SHM_BUCKETS + 1,              /* and the list of EMPTY slots */
     SHM_EMPTY_LIST = SHM_BUCKETS,
     SHM_HEADER_BYTES = 4096,
@@ -48,6 +48,10 @@ enum {
     SHM_HIST_OCTAVES = 31,                      /* up to 137 s */
     SHM_HIST_BUCKETS = SHM_HIST_OCTAVES << SHM_HIST_SUB_BITS,
 };
+
+/* kinds of connection; the order is that of BUCKETS in shmpool/pool.py */
+enum bucket { BUCKET_TCP4, BUCKET_TCP6, BUCKET_UDP4, BUCKET_UDP6, BUCKET_UNIX };
+_Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list");
 
 #define SHM_MAGIC UINT64_C(0x6c6f6f706d687301) /* "\x01shmpool" */
 #define SHM_VERSION UINT32_C(1)
@@ -138,7 +142,6 @@ struct header_shm {
     a64_shm recovery_checked_ns;           /* when somebody last looked for dead workers (hint) */
     a32_shm listed;                        /* bit i: free-list i may have a bit (hint) */
     a32_shm padding_d;
-    a64_shm retired;                       /* connections retired so far: "close your stale copies" (hint) */
 };
 
 enum pool_state { SHM_POOL_OPEN = 1, SHM_POOL_CLOSED = 2 };
