@@ -17,6 +17,7 @@ from .dialing import DialRequest
 from .errors import (
     DescriptorsLost,
     DialError,
+    ForeignUser,
     InvalidConfig,
     LeaseExpired,
     NoConnectionForIPVersion,
@@ -28,11 +29,12 @@ from .errors import (
     PoolInUse,
     PoolNotFound,
     PoolTimeout,
+    PoolUnreachable,
     SlabCorrupt,
     SlabVersionMismatch,
 )
 from .inspector import inspect, list_pools
-from .pool import Pool
+from .pool import Pool, attach, pools
 from .stats import PoolStats
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ __all__ = [
     "DescriptorsLost",
     "DialError",
     "DialRequest",
+    "ForeignUser",
     "IPVersion",
     "InvalidConfig",
     "LeaseExpired",
@@ -56,12 +59,15 @@ __all__ = [
     "PoolNotFound",
     "PoolStats",
     "PoolTimeout",
+    "PoolUnreachable",
     "PooledConnection",
     "Protocol",
     "SlabCorrupt",
     "SlabVersionMismatch",
     "__version__",
+    "attach",
     "errors",
     "inspect",
     "list_pools",
+    "pools",
 ]

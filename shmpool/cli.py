@@ -1,4 +1,4 @@
-"""The command line: `shmpool list`, `stats`, `top`, `unlink`, `demo`; also `python -m shmpool`.
+"""The command line: `shmpool list`, `stats`, `top`, `doctor`, `unlink`, `demo`; also `python -m shmpool`.
 
 A command looks at a pool through `inspector`, turns its `PoolStats` into `View`s (rows of texts, some in a style), and
 shows those: as plain lines, or, for `top` on a terminal, as a live picture with `rich`. Without `rich` all of it still
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from . import __version__
+from . import __version__, slab
 from .errors import InvalidConfig, PoolError, PoolNotFound
 from .inspector import Inspector, PoolInfo, inspect, list_pools, unlink
 from .stats import FAILURES, STATES, ConnectionStats, PoolStats, WorkerStats
@@ -108,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (default 1)")
     top.add_argument("--once", action="store_true", help="print one look, over one interval, and end")
 
+    doctor = add("doctor", _doctor, "remove what dead pools of this user left behind, and name what is damaged")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+
     unlinking = add("unlink", _unlink, "remove a pool that no process uses any more")
     unlinking.add_argument("name", metavar="NAME", help="the pool")
     unlinking.add_argument(
@@ -191,6 +194,24 @@ def _looks(inspector: Inspector, interval: float) -> Iterator[list[View]]:
         if now.state == "closed" or not alive:
             return
         before = now
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """0: nothing is wrong any more."""
+    removed = slab.reap()
+    pools = list_pools()
+    damaged = [info for info in pools if info.error]
+    if options.json:
+        found = {"removed": removed, "pools": [dataclasses.asdict(info) for info in pools]}
+        print(json.dumps(found, indent=2))
+        return FAILED if damaged else 0
+    for each in removed:
+        print(f"removed {each}: no process uses it any more")
+    for info in damaged:
+        print(f"{info.name}: {_printable(info.error)}")
+    sound = len(pools) - len(damaged)
+    print(f"{sound} {'pool is' if sound == 1 else 'pools are'} sound, {len(damaged)} damaged, {len(removed)} removed")
+    return FAILED if damaged else 0
 
 
 def _unlink(options: argparse.Namespace) -> int:

@@ -245,8 +245,9 @@ def _backoff(value: object) -> str:
 _optional_call = _optional(_call, "for nothing")
 
 
-def _setting(default: Any, check: Check) -> Any:
-    return field(default=default, metadata={"check": check})
+def _setting(default: Any, check: Check, *, own: bool = False) -> Any:
+    """`own`: each process may have its own value; the others must be equal in all processes of a named pool."""
+    return field(default=default, metadata={"check": check, "own": own})
 
 
 # The configuration --------------------------------------------------------------------------------------------------
@@ -267,34 +268,34 @@ class PoolConfig:
     min_connections: int | None = _setting(None, _optional(_whole(0, 100_000), "for the default"))
 
     # How long: a dial, the wait in get(), idleness, and the life of a connection.
-    connection_timeout: float = _setting(10.0, _seconds())
-    get_timeout: float = _setting(5.0, _seconds(zero=True, never=True))
+    connection_timeout: float = _setting(10.0, _seconds(), own=True)
+    get_timeout: float = _setting(5.0, _seconds(zero=True, never=True), own=True)
     idle_timeout: float = _setting(IDLE_TIMEOUT_S, _seconds(never=True))
     max_lifetime: float = _setting(1800.0, _seconds(never=True))
 
     # One used within alive_bypass is leased without a look at it; 0 always looks.
-    alive_bypass: float = _setting(0.5, _seconds(zero=True))
+    alive_bypass: float = _setting(0.5, _seconds(zero=True), own=True)
 
     # Dials after a failed one, and the pause between them: (first, longest).
-    dial_retries: int = _setting(0, _whole(0, 100))
-    dial_backoff: tuple[float, float] = _setting((0.01, 1.0), _backoff)
+    dial_retries: int = _setting(0, _whole(0, 100), own=True)
+    dial_backoff: tuple[float, float] = _setting((0.01, 1.0), _backoff, own=True)
     # The timeout of each pooled socket; None blocks.
     socket_timeout: float | None = _setting(30.0, _optional(_seconds(), "to block"))
 
     # Sizes of the shared segment and of each process's private list of idle slots.
     max_waiters: int = _setting(1024, _whole(1, 4032))
     max_workers: int = _setting(128, _whole(1, 4096))
-    local_cache_size: int = _setting(8, _whole(0, 64))
+    local_cache_size: int = _setting(8, _whole(0, 64), own=True)
 
     # Reading away late datagrams when a UDP connection is returned.
     clear_udp_buffer: bool = _setting(True, _flag)
-    udp_clear_timeout: float = _setting(0.1, _seconds(zero=True))
-    udp_clear_max_packets: int = _setting(100, _whole(1, 1_000_000))
+    udp_clear_timeout: float = _setting(0.1, _seconds(zero=True), own=True)
+    udp_clear_max_packets: int = _setting(100, _whole(1, 1_000_000), own=True)
 
     # Hooks, and whether to count.
-    on_borrow: ConnectionHook | None = _setting(None, _optional_call)
-    on_return: ConnectionHook | None = _setting(None, _optional_call)
-    stats: bool = _setting(True, _flag)
+    on_borrow: ConnectionHook | None = _setting(None, _optional_call, own=True)
+    on_return: ConnectionHook | None = _setting(None, _optional_call, own=True)
+    stats: bool = _setting(True, _flag, own=True)
 
     def __post_init__(self) -> None:
         _refuse(_problems(self.to_dict()))
@@ -311,6 +312,37 @@ class PoolConfig:
     def to_json(self) -> str:
         """Every setting for people and inspectors: callables by their qualified name, infinity as "inf"."""
         return json.dumps({name: _plain(value) for name, value in self.to_dict().items()}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, **settings: object) -> PoolConfig:
+        """A configuration from what `to_json` made, with `settings` for those that text cannot say, and for others.
+
+        Raises InvalidConfig when a `dial` is missing, ValueError when the text is none that `to_json` makes.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("not a configuration")
+        known = {name: math.inf if value == "inf" and name != "name" else value for name, value in values.items()}
+        if known.get("dial") is not None and settings.get("dial") is None:
+            remedy = "is what opens the connections of this pool: give that callable as dial="
+            raise InvalidConfig(field="dial", value=known["dial"], remedy=remedy)
+        plain = {name: value for name, value in known.items() if name not in _CALLABLES}
+        return cls.from_dict({**plain, **settings})
+
+    def disagreements(self, json_text: str) -> list[InvalidConfig]:
+        """What must be equal in all processes of a pool, and differs between this and what `to_json` made of theirs."""
+        ours = json.loads(self.to_json())
+        theirs = {**ours, **json.loads(json_text)}
+        return [
+            InvalidConfig(
+                field=setting.name,
+                value=getattr(self, setting.name),
+                remedy=f"the pool {self.name!r} exists with {theirs[setting.name]!r}: all its processes need the same",
+            )
+            for setting in fields(self)
+            if not setting.metadata["own"]
+            and _comparable(setting.name, theirs[setting.name]) != _comparable(setting.name, ours[setting.name])
+        ]
 
     def replace(self, **changes: object) -> PoolConfig:
         """This configuration with some settings changed, checked anew."""
@@ -394,10 +426,21 @@ def _no_such(name: str, known: Iterable[str]) -> str:
     return f"there is no such setting; {hint}"
 
 
+_CALLABLES = ("dial", "on_borrow", "on_return")
+_CALLABLE_TEXT_MAX = 200
+
+
 def _plain(value: object) -> object:
     if callable(value):
-        return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+        text = f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+        return text[:_CALLABLE_TEXT_MAX]
     return "inf" if value == math.inf else value
+
+
+def _comparable(name: str, value: object) -> object:
+    """A setting for comparison between processes: of a dial, only that there is one. Its module differs (`__main__` and
+    `__mp_main__` of spawned processes), and what has no name shows an address."""
+    return value is None if name == "dial" else value
 
 
 def _toml_table(text: str, source: str) -> dict[str, object]:

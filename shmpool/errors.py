@@ -4,6 +4,7 @@
     ├── InvalidConfig(ValueError)
     ├── PoolClosed
     ├── DescriptorsLost
+    ├── ForeignUser(PermissionError)
     ├── PoolTimeout(TimeoutError)
     ├── PoolExhausted
     ├── DialError(ConnectionError)
@@ -14,6 +15,7 @@
     ├── SlabVersionMismatch
     ├── PoolNotFound(LookupError)
     ├── PoolExists(FileExistsError)
+    ├── PoolUnreachable(TimeoutError)
     └── PoolInUse
 
 An error is a dataclass: its fields are the evidence, given by keyword, each with a default. The text is made from
@@ -35,6 +37,7 @@ from typing import Any
 __all__ = [
     "DescriptorsLost",
     "DialError",
+    "ForeignUser",
     "InvalidConfig",
     "LeaseExpired",
     "NoConnectionForIPVersion",
@@ -46,6 +49,7 @@ __all__ = [
     "PoolInUse",
     "PoolNotFound",
     "PoolTimeout",
+    "PoolUnreachable",
     "SlabCorrupt",
     "SlabVersionMismatch",
 ]
@@ -111,6 +115,21 @@ class DescriptorsLost(PoolError):
         return (
             f"{_named('pool', self.pool)} cannot be used here: its descriptors were closed in this process; "
             "keep inherited descriptors open, or make the Pool after closing them"
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class ForeignUser(PoolError, PermissionError):
+    """This process has changed its user since the pool was made, and has not used the pool before that."""
+
+    pool: str = ""
+    uid: int = 0
+    owner: int = 0
+
+    def _text(self) -> str:
+        return (
+            f"{_named('pool', self.pool)} belongs to user {self.owner}, this process runs as user {self.uid}: make the "
+            "pool after changing the user, or use it once (pool.recover() will do) in this process before"
         )
 
 
@@ -252,6 +271,24 @@ class PoolExists(PoolError, FileExistsError):
         return (
             f"{_named('pool', self.name)} exists already, created by process {self.pid}; "
             f"choose another name, or close() that pool first"
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class PoolUnreachable(PoolError, TimeoutError):
+    """A living pool has the name, but none of its processes handed its descriptors over. `pids`: who they are; what
+    the last attempt met is the `__cause__`."""
+
+    name: str = ""
+    waited: float = 0.0
+    pids: tuple[int, ...] = ()
+
+    def _text(self) -> str:
+        who = f"process {', '.join(map(str, self.pids))}" if self.pids else "nobody that has registered"
+        why = "" if self.__cause__ is None else f" ({_reason(self.__cause__)})"
+        return (
+            f"pool {self.name!r} is alive ({who}), but no process of it answered in {self.waited:.1f} s{why}: they are "
+            "stopped, or have forked and not used the pool since; see that one of them uses it, or stop them"
         )
 
 

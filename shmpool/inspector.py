@@ -6,11 +6,8 @@
 A segment is opened with `posix_ipc`, which registers with no resource tracker (one would unlink the live pool when
 this process ends), and mapped read-only: an inspector cannot change a pool, is no worker of it and holds no lock in it.
 
-A segment is not believed because of its name: anyone may put anything under any name into that directory. Looked at
-before it is opened, because opening a FIFO blocks: is it a regular file, of this user, for this user alone, under one
-name? (In a directory with the sticky bit nobody but root could exchange it then.) Looked at again through the
-descriptor; then the core checks magic, version, format and sizes. What does not fit is a `SlabCorrupt` that says why,
-or a `SlabVersionMismatch`; a name that nobody has, `PoolNotFound`; a name that nobody can have, `InvalidConfig`.
+A segment is checked before it is believed (`slab.open_view`). What does not fit is a `SlabCorrupt` that says why, or a
+`SlabVersionMismatch`; a name that nobody has, `PoolNotFound`; a name that nobody can have, `InvalidConfig`.
 
 Not here: what the figures mean (`stats`), and making or joining a pool (`pool`).
 """
@@ -29,8 +26,8 @@ from typing import Any
 import posix_ipc
 
 from . import _core, slab
-from .config import name_problem as _name_problem
-from .errors import InvalidConfig, PoolError, PoolInUse, PoolNotFound, SlabCorrupt, SlabVersionMismatch
+from .config import name_problem
+from .errors import PoolError, PoolInUse, PoolNotFound, SlabCorrupt
 from .stats import PoolStats
 
 __all__ = ["Inspector", "PoolInfo", "inspect", "list_pools", "unlink"]
@@ -57,7 +54,7 @@ class Inspector:
     def __init__(self, name: str) -> None:
         self.name = name
         self._closed = False
-        self._view = _open_view(name)
+        self._view = slab.open_view(name)
 
     def snapshot(self) -> dict[str, Any]:
         """All that the pool's segment says, as plain objects; `stats()` is for people."""
@@ -110,14 +107,16 @@ def unlink(name: str, force: bool = False) -> None:
     Processes that have the pool go on with it after a forced removal; nobody can find it any more. Raises
     `PoolInUse`, `PoolNotFound`, or `PoolError` when it may not be removed.
     """
-    path = _path(name)
+    path = slab.checked_path(name)
     try:
         status = os.lstat(path)
         ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
         if force or not ours:
             posix_ipc.unlink_shared_memory(f"/{path.name}")
         elif not slab.remove_remains(name):
-            raise PoolInUse(name=name, pids=_pids(name))
+            if _in_use(name):
+                raise PoolInUse(name=name, pids=_pids(name))
+            posix_ipc.unlink_shared_memory(f"/{path.name}")  # no slab, or no longer one, and nobody has it open as one
     except (FileNotFoundError, posix_ipc.ExistentialError):
         raise PoolNotFound(name=name) from None
     except (OSError, posix_ipc.Error) as error:
@@ -133,91 +132,11 @@ class _CannotRemove(PoolError):
         return f"{self.path} cannot be removed: {self.reason}"
 
 
-# Opening ------------------------------------------------------------------------------------------------------------
-
-
-def _path(name: str) -> Path:
-    if problem := _name_problem(name):
-        raise InvalidConfig(field="name", value=name, remedy=problem)
-    return Path(slab.path_of(name))
-
-
 def _names() -> Iterator[str]:
     for entry in Path(slab.DIRECTORY).glob(f"{slab.prefix()}*"):
         name = entry.name.removeprefix(slab.prefix())
-        if not _name_problem(name):  # else it is a segment that is just being made
+        if not name_problem(name):  # else it is a segment that is just being made
             yield name
-
-
-def _open_view(name: str) -> _core.SlabView:
-    fd = _open(name)
-    try:
-        return _core.SlabView(fd)
-    except ValueError as error:
-        why, is_version = error.args if len(error.args) == 2 else (str(error), False)
-        if is_version:
-            found, expected = _layouts(fd)
-            raise SlabVersionMismatch(name=name, found=found, expected=expected) from None
-        raise SlabCorrupt(name=name, detail=why) from None
-    except OSError as error:
-        raise SlabCorrupt(name=name, detail=f"it cannot be mapped: {error}") from error
-    finally:
-        os.close(fd)
-
-
-def _layouts(fd: int) -> tuple[object, object]:
-    """The version that the segment has and ours; when they are equal, it is the build that differs."""
-    version = int.from_bytes(os.pread(fd, 4, 8), "little")  # struct header_shm
-    if version != _core.SLAB_VERSION:
-        return f"version {version}", f"version {_core.SLAB_VERSION}"
-    return f"version {version} of another build", f"version {version} of this build"
-
-
-def _open(name: str) -> int:
-    """A read-only descriptor of the segment, whose status has been found good."""
-    path = _path(name)
-    try:
-        _check_status(name, os.lstat(path))
-        memory = posix_ipc.SharedMemory(f"/{path.name}", read_only=True)
-    except (FileNotFoundError, posix_ipc.ExistentialError):
-        raise PoolNotFound(name=name) from None
-    except (OSError, posix_ipc.Error) as error:
-        raise SlabCorrupt(name=name, detail=f"it cannot be opened: {error}") from error
-    fd: int = memory.fd
-    try:
-        _check_status(name, os.fstat(fd))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _check_status(name: str, status: os.stat_result) -> None:
-    if wrong := _wrong_status(status):
-        raise SlabCorrupt(name=name, detail=wrong)
-
-
-def _wrong_status(status: os.stat_result) -> str:
-    mode = stat.S_IMODE(status.st_mode)
-    if not stat.S_ISREG(status.st_mode):
-        return f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no regular file')}, not shared memory"
-    if status.st_uid != os.getuid():
-        return f"it belongs to user {status.st_uid}, not to this one ({os.getuid()})"
-    if mode & 0o077:
-        return f"its mode {mode:04o} lets other users in (a pool has 0600)"
-    if status.st_nlink != 1:
-        return f"it has {status.st_nlink} names (a pool has one)"
-    return ""
-
-
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFLNK: "a symbolic link",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 # Looking around -----------------------------------------------------------------------------------------------------
@@ -246,7 +165,7 @@ def _info(name: str) -> PoolInfo | None:
 
 def _size(name: str) -> int:
     try:
-        return os.lstat(_path(name)).st_size
+        return os.lstat(slab.checked_path(name)).st_size
     except OSError:
         return 0
 
@@ -254,7 +173,7 @@ def _size(name: str) -> int:
 def _in_use(name: str) -> bool:
     """Whether any process has the segment, be its contents sound or not. What is no segment of ours, nobody has."""
     try:
-        fd = _open(name)
+        fd = slab.open_checked(name)
     except PoolError:
         return False
     try:

@@ -1,18 +1,24 @@
-"""`Pool`: the Python half of a pool, and the policy that the C core asks for.
+"""`Pool`: the Python half of a pool, and the policy that the C core asks for; `attach` and `pools`.
 
     get() -> core (core/pool.c: cache, free-list, steal, queue) --(an empty slot is ours)--> _dial -> core
 
 The core calls the methods marked "for the core" below, with the slot in its hands. They may raise; the core gives the
 slot back. Everything shared between processes is in the core; a Pool object has only settings.
 
-Not here: the order of get() (core/pool.c), leases (core/module.c), opening a connection to a target (dialing).
+A process comes by a pool in one of four ways: it makes it, it is forked from one that has it, it joins it by name, or
+it unpickles it, which is a way of joining (`_join`).
+
+Not here: the order of get() (core/pool.c), leases (core/module.c), opening a connection to a target (dialing), how
+descriptors reach a process that did not inherit them (rendezvous).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
+import pickle
 import random
 import resource
 import secrets
@@ -22,22 +28,27 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from multiprocessing import util
 from types import TracebackType
 from typing import Any
 
-from . import _core, slab
+from . import _core, rendezvous, slab
 from .config import IPVersion, PoolConfig, Protocol, Target
 from .dialing import DialRequest, buckets_of, dial_target
 from .errors import (
     DescriptorsLost,
     DialError,
+    ForeignUser,
     InvalidConfig,
     NoConnectionForIPVersion,
     NoConnectionForProtocol,
     PoolClosed,
     PoolError,
     PoolExhausted,
+    PoolExists,
+    PoolNotFound,
     PoolTimeout,
+    PoolUnreachable,
     SlabCorrupt,
 )
 from .stats import PoolStats
@@ -64,7 +75,13 @@ _LIFETIME_JITTER = 0.1  # connections of one birth end within this share of thei
 _SPARE_DESCRIPTORS = 64  # left to the rest of the process when the limit is checked
 _CLOSE_POLL_S = 0.002
 
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+JOIN_TIMEOUT_S = 10.0
+_FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 0.1, 0.5  # for the descriptors; members that run send them in a millisecond
+_JOIN_PAUSE_S = 0.002
+_WORKER_LIMIT = "the worker limit is reached: each process that uses the pool counts"
+
+# By id. A plain dict: a copy of its values is atomic, while a WeakSet cannot be walked while another thread adds to it.
+_pools: dict[int, weakref.ref[Pool]] = {}
 
 
 class PooledSocket(socket.socket):
@@ -99,7 +116,7 @@ class PooledSocket(socket.socket):
 
 
 class Pool(_core.PoolBase):
-    """One pool of connections for this process and all its forked children, under one cap.
+    """One pool of connections for many processes, under one cap.
 
         pool = Pool("tcp://127.0.0.1:6379", max_connections=32)     # before the fork
         with pool.get() as conn:
@@ -107,13 +124,22 @@ class Pool(_core.PoolBase):
 
     `target` is `tcp://host:port`, `udp://host:port` or `unix:///path`; instead of it `dial=` takes a callable that
     returns a connected socket, or (socket, metadata bytes). Other keywords are the fields of PoolConfig; or give a
-    whole one as `config=`. Raises InvalidConfig (all problems at once), PoolExists (a living pool has the `name`).
+    whole one as `config=`.
 
-    Threads share a Pool; forked children use the one they inherited, without a call. `close()` ends it for all
-    processes; a process that merely exits leaves it to the others.
+    Which processes: this one, its forked children (they use it as it is), and those that it is sent to by pickle, such
+    as children of multiprocessing by whatever start method. With a `name`, every process of this user on this host that
+    makes a Pool of that name: one creates it, however many begin at once, the others join it.
+
+    Raises InvalidConfig (all problems at once; for a pool that exists: settings that its processes must agree on and
+    that differ), PoolUnreachable (a pool of that name is alive, but nobody in it hands its descriptors over within 10
+    s), PoolExhausted (more than max_workers processes), SlabCorrupt or SlabVersionMismatch (what bears the name is no
+    pool that this process can use).
+
+    Threads share a Pool. `close()` ends it for all processes; a process that merely exits, or calls `leave()`, leaves
+    it to the others.
     """
 
-    __slots__ = ("__weakref__", "_closing", "_config", "_inode", "_name", "_owner_pid", "_target")
+    __slots__ = ("__weakref__", "_config", "_name", "_own_socket", "_target")
 
     def __init__(self, target: str | None = None, *, config: PoolConfig | None = None, **settings: Any) -> None:
         if config is None:
@@ -126,52 +152,141 @@ class Pool(_core.PoolBase):
             given = ", ".join(["target"] * (target is not None) + sorted(settings))
             remedy = f"give it alone, without {given}; config.replace(...) changes single settings"
             raise InvalidConfig(field="config", value=config, remedy=remedy)
+        self._take(config)
+        if config.name is None:
+            slab.reap()
+            self._create_slab()
+        else:
+            self._join_or_create()
+        self._register()
+
+    def _register(self) -> None:
+        key = id(self)
+        _pools[key] = weakref.ref(self, lambda _: _pools.pop(key, None))
+
+    def _take(self, config: PoolConfig) -> None:
         self._config = config
         self._target = Target.parse(config.target) if config.target is not None else None
         self._name = config.name or f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._own_socket = (0, "")  # (process, path) of `_listen`
         _reserve_descriptors(config.max_connections)
-        slab.reap()
-        self._make_slab()
-        _pools.add(self)
 
-    def _make_slab(self) -> None:
+    # ---- how a process comes by a pool ------------------------------------------------------------------------------
+
+    def _join_or_create(self) -> None:
+        """Exactly one of all processes that want the name creates; what we met may have ended before we joined it."""
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        while True:
+            with contextlib.suppress(PoolNotFound):
+                return self._join(deadline)
+            slab.reap()
+            try:
+                return self._create_slab()
+            except PoolExists:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_JOIN_PAUSE_S)
+
+    def _create_slab(self) -> None:
         config = self._config
         capacities = (config.max_connections, config.max_workers, config.max_waiters)
         size, _, _ = _core.layout(*capacities)
+        slab_id = os.urandom(16)
         fd, path = slab.create(size)
+        listener, socket_path = -1, ""
+        made = False
         try:
-            self._inode = os.fstat(fd).st_ino
-            target = self._target.text if self._target else _name_of(config.dial)
-            identity = (os.urandom(16), time.time(), os.getuid(), self._name, target[:255], config.to_json()[:2047])
-            options = (
-                config.local_cache_size,
-                config.alive_bypass,
-                config.idle_timeout,
-                config.clear_udp_buffer,
-                config.udp_clear_timeout,
-                config.udp_clear_max_packets,
-                config.stats,
-            )
-            self._create(
-                fd,
-                capacities,
-                identity,
-                options,
-                config.get_timeout,
-                self._whole_mask(),
-                config.on_borrow,
-                config.on_return,
-            )
-        except BaseException:
-            os.unlink(path)
-            os.close(fd)
-            raise
-        try:
+            if config.name is not None:
+                listener, socket_path = rendezvous.listen(slab_id)
+            target = (self._target.text if self._target else _name_of(config.dial))[:255]
+            born = (slab_id, time.time(), os.getuid(), self._name, target, config.to_json(), socket_path)
+            self._create(fd, listener, capacities, born, self._settings())
+            made = True
             slab.publish(path, self._name)
+            self._note_path(slab.path_of(self._name))
         except BaseException:
-            self._leave()
+            if made:
+                self._unmake()
+            else:
+                os.close(fd)
+                if listener >= 0:
+                    os.close(listener)
+            rendezvous.remove(socket_path)
             os.unlink(path)
             raise
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What this process wants of the pool, as the core takes it."""
+        config = self._config
+        options = (
+            config.local_cache_size,
+            config.alive_bypass,
+            config.idle_timeout,
+            config.clear_udp_buffer,
+            config.udp_clear_timeout,
+            config.udp_clear_max_packets,
+            config.stats,
+        )
+        return options, config.get_timeout, self._whole_mask(), config.on_borrow, config.on_return
+
+    def _join(self, deadline: float, path: str = "") -> None:
+        """Join the living pool of our name: ask its members for the descriptors, at the path that its slab names (else
+        at `path`), or help ourselves.
+
+        Raises PoolNotFound when there is none, PoolUnreachable at the deadline.
+        """
+        begun = time.monotonic()
+        patience = _FIRST_PATIENCE_S
+        while True:
+            with slab.view(self._name) as view:
+                slab_id, _, theirs, its_path, _, _, is_open = view.identity()
+                if not is_open:  # whoever closed it did not come to removing the name
+                    slab.remove_own(self._name, slab_id)
+                if not view.in_use() or not is_open:
+                    raise PoolNotFound(name=self._name)
+                if wrong := self._config.disagreements(theirs):
+                    raise InvalidConfig.many(wrong)
+                problem = self._join_by(view, slab_id, its_path or path, patience)
+                if problem is None:
+                    return
+                pids = tuple(view.workers())
+            if time.monotonic() > deadline:
+                waited = time.monotonic() - begun
+                raise PoolUnreachable(name=self._name, waited=waited, pids=pids) from problem
+            time.sleep(_JOIN_PAUSE_S)
+            patience = min(patience * 2, _LONGEST_PATIENCE_S)
+
+    def _join_by(self, view: _core.SlabView, slab_id: bytes, path: str, patience: float) -> Exception | None:
+        """Ask whoever listens at `path`, else copy what some member has; what went wrong, None: nothing."""
+        problem: Exception | None = None
+        fd = slab.open_checked(self._name, writable=True)
+        try:
+            ways: tuple[Callable[[], socket.socket], ...]
+            ways = (lambda: rendezvous.ask(path), lambda: rendezvous.take(view, fd, slab.path_of(self._name)))
+            for way in ways:
+                try:
+                    with way() as sock:
+                        self._receive(sock, slab_id, patience)
+                    return None
+                except (OSError, LookupError) as error:
+                    problem = problem or error
+        finally:
+            os.close(fd)
+        return problem
+
+    def _receive(self, sock: socket.socket, slab_id: bytes, patience: float) -> None:
+        """Join with the descriptors that arrive over `sock` within `patience` seconds.
+
+        Raises OSError when they do not, LookupError when they are not those of the slab.
+        """
+        try:
+            self._attach(sock.fileno(), patience, slab_id, self._settings())
+        except IndexError:
+            limit = self._config.max_workers
+            raise PoolExhausted(reason=_WORKER_LIMIT, limit=limit) from None
+        except ValueError as error:
+            raise SlabCorrupt(name=self._name, detail=str(error.args[0])) from None
+        self._note_path(slab.path_of(self._name))
 
     # ---- what is asked of a pool ------------------------------------------------------------------------------------
 
@@ -192,6 +307,16 @@ class Pool(_core.PoolBase):
     def stats(self) -> PoolStats:
         """One snapshot over all processes. Takes no lock and writes nothing."""
         return PoolStats.from_snapshot(self._snapshot())
+
+    def recover(self) -> int:
+        """Look for dead processes now and take back what they held; returns how many connections were freed.
+
+        Nobody has to call it: a get() that finds nothing does the same, and so does each waiter. Any process may, at
+        any time. Raises PoolClosed after close() or leave().
+        """
+        if self.closed:
+            raise PoolClosed(pool=self._name)
+        return self._recover()
 
     def maintain(self) -> None:
         """Do now what is due: take back what dead processes held, retire connections past `max_lifetime` or
@@ -217,13 +342,30 @@ class Pool(_core.PoolBase):
         waiting for that. The pool's name is free when this returns. Closing a closed pool does nothing.
         """
         deadline = time.monotonic() + timeout
+        slab_id, _ = self._identity()
         self._shut()
-        slab.remove_own(self._name, self._inode)
+        slab.remove_own(self._name, slab_id)
+        self._remove_own_socket()
         while (out := self._leases_out()) and time.monotonic() < deadline:
             time.sleep(_CLOSE_POLL_S)
             self._recover()  # a holder may die meanwhile
         self._finish()
         return out
+
+    def leave(self) -> None:
+        """This process takes no further part: its leases are retired, its place is given back, get() raises PoolClosed.
+
+        The others keep the pool and all idle connections; with the last one it ends. A process that exits leaves by
+        itself. Leaving once more does nothing.
+        """
+        self._leave()
+        self._remove_own_socket()
+        slab.remove_remains(self._name)
+
+    def _remove_own_socket(self) -> None:
+        pid, path = self._own_socket
+        if pid == os.getpid():
+            rendezvous.remove(path)
 
     def __enter__(self) -> Pool:
         return self
@@ -231,28 +373,53 @@ class Pool(_core.PoolBase):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> None:
-        self.close()
+        """The end of a `with` block closes a pool without a name, and leaves one with a name to its other processes."""
+        if self._config.name is None:
+            self.close()
+        else:
+            self.leave()
 
     def __repr__(self) -> str:
         source = self._target.text if self._target else _name_of(self._config.dial)
         state = "closed" if self.closed else "open"
         return f"<shmpool.Pool {self._name!r} to {source}, {state}, max_connections={self._config.max_connections}>"
 
-    def __reduce__(self) -> str:
-        raise TypeError(
-            "a Pool cannot be pickled: its processes inherit it. Make it before the fork, and start workers with the "
-            "fork method (multiprocessing.get_context('fork')); spawned workers cannot join a pool yet"
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pool travels as its settings and the path at which its descriptors can be asked for. In a process that has
+        the pool already, it is that one."""
+        if self.closed:
+            raise PoolClosed(pool=self._name)
+        for setting, value in self._config.to_dict().items():
+            if callable(value):
+                _check_picklable(setting, value)
+        slab_id, path = self._identity()
+        path = path or self._listen()
+        self._answer(-1)
+        return _unpickled, (self._config, self._name, slab_id, path)
+
+    def _listen(self) -> str:
+        """Where this process answers newcomers of a pool without a name; it begins to when it first pickles it."""
+        if self._own_socket[0] != os.getpid():
+            listener, path = rendezvous.listen(self._identity()[0], secrets.token_hex(4))
+            try:
+                self._answer(listener)
+            except BaseException:
+                os.close(listener)
+                rendezvous.remove(path)
+                raise
+            self._own_socket = (os.getpid(), path)
+        return self._own_socket[1]
+
+    def __copy__(self) -> Pool:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
+        return self
 
     def __del__(self) -> None:
-        # Not made when the constructor raised; at interpreter exit the modules may be gone.
-        if hasattr(self, "_inode") and not sys.is_finalizing():
-            self._go()
-
-    def _go(self) -> None:
-        """This process takes no further part; the last one of the family removes the name."""
-        self._leave()
-        slab.remove_remains(self._name)
+        # Nothing was taken when the constructor raised; at interpreter exit the modules may be gone.
+        if not sys.is_finalizing() and self._identity()[0]:
+            self.leave()
 
     def _leases_out(self) -> int:
         counts = self._counts()
@@ -331,6 +498,8 @@ class Pool(_core.PoolBase):
             return SlabCorrupt(name=self._name, detail="a slot is in a state that does not exist")
         if kind == "descriptors":
             return DescriptorsLost(pool=self._name)
+        if kind == "user":
+            return ForeignUser(pool=self._name, uid=os.geteuid(), owner=self._snapshot()["uid"])
         counts = self._counts()
         if kind == "timeout":
             protocol, version = (None, None) if mask == self._whole_mask() else self._wanted(mask)
@@ -344,10 +513,7 @@ class Pool(_core.PoolBase):
         limits = {
             "exhausted": ("all connections are in use", self._config.max_connections),
             "waiters": ("the waiter limit is reached", self._config.max_waiters),
-            "workers": (
-                "the worker limit is reached: each process that uses the pool counts",
-                self._config.max_workers,
-            ),
+            "workers": (_WORKER_LIMIT, self._config.max_workers),
         }
         reason, limit = limits[kind]
         return PoolExhausted(reason=reason, counts=counts, limit=limit)
@@ -524,7 +690,92 @@ def _reserve_descriptors(connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+# ---- other ways to a pool --------------------------------------------------------------------------------------------
+
+
+def attach(name: str, *, timeout: float = JOIN_TIMEOUT_S, **settings: Any) -> Pool:
+    """Join the living pool `name` of this user; never creates one.
+
+    The settings are the pool's; `settings` may change those that each process has of its own (such as `get_timeout`,
+    `connection_timeout`, `local_cache_size`), and give those that only a program can: the hooks, and `dial` of a pool
+    that was made with one.
+
+    Raises PoolNotFound (no living process has it), PoolUnreachable (nobody in it handed its descriptors over in
+    `timeout` seconds), InvalidConfig (a setting that differs from the pool's, a `dial` that is missing), PoolExhausted
+    (more than max_workers processes), SlabCorrupt or SlabVersionMismatch.
+    """
+    with slab.view(name) as view:
+        _, _, text, path, _, _, is_open = view.identity()
+        if not view.in_use() or not is_open:
+            raise PoolNotFound(name=name)
+    if not path:
+        remedy = "this pool was made without a name=, for its own family: only its processes have it"
+        raise InvalidConfig(field="name", value=name, remedy=remedy)
+    try:
+        config = PoolConfig.from_json(text, **settings)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InvalidConfig):
+            raise
+        raise SlabCorrupt(name=name, detail=f"its settings cannot be read: {error}") from error
+    pool = Pool.__new__(Pool)
+    pool._take(config)
+    pool._join(time.monotonic() + timeout)
+    pool._register()
+    return pool
+
+
+def pools() -> list[Pool]:
+    """The open pools of this process."""
+    return [pool for pool in _known() if not pool.closed]
+
+
+def _known() -> list[Pool]:
+    return [pool for reference in list(_pools.values()) if (pool := reference()) is not None]
+
+
+def _unpickled(config: PoolConfig, name: str, slab_id: bytes, path: str) -> Pool:
+    """The pool that was pickled: what this process has of it already, else a new member."""
+    for pool in pools():
+        if pool._identity()[0] == slab_id:
+            return pool
+    pool = Pool.__new__(Pool)
+    pool._take(config)
+    pool._name = name
+    pool._join(time.monotonic() + JOIN_TIMEOUT_S, path)
+    pool._register()
+    return pool
+
+
+def _check_picklable(setting: str, value: Any) -> None:
+    try:
+        pickle.dumps(value)
+    except Exception as error:
+        why = f"a Pool travels with its callables, but {setting}={value!r:.200} cannot be pickled"
+        raise TypeError(f"{why} ({error}); define it at the top level of a module") from error
+
+
+# ---- the end of a process --------------------------------------------------------------------------------------------
+
+
 @atexit.register
 def _leave_at_exit() -> None:
-    for pool in list(_pools):
-        pool._go()
+    # multiprocessing joins its children at exit as well, but later: one that is being spawned may yet have to join us.
+    for child in multiprocessing.active_children():
+        if not child.daemon:
+            with contextlib.suppress(AssertionError):  # a child of the process that we were forked from
+                child.join()
+    _leave_all()
+
+
+def _leave_all() -> None:
+    for pool in _known():
+        pool.leave()
+
+
+def _leave_with_multiprocessing(_: object = None) -> None:
+    """Children of multiprocessing end without atexit; they run these, the negative ones after their own children."""
+    util.Finalize(None, _leave_all, exitpriority=-100)
+
+
+_leave_with_multiprocessing()
+util.register_after_fork(Pool, _leave_with_multiprocessing)  # its forked children forget what was registered before

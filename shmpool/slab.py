@@ -4,7 +4,12 @@ A segment is `/dev/shm/shmpool-<uid>-<name>`. It is made under a private name, f
 one by a rename that fails when the name exists: nobody ever meets half a slab. Every process of a pool's family holds a
 lock in it (core/worker.h, SHM_FAMILY_BYTE), so a segment that nobody locks is the remains of the dead.
 
-Not here: what is in it (core/slab.h), looking at it (inspector).
+A segment that exists is not believed because of its name: anyone may put anything under any name into that directory.
+Looked at before it is opened, because opening a FIFO blocks: is it a regular file, of this user, for this user alone,
+under one name? (In a directory with the sticky bit nobody but root could exchange it then.) Looked at again through the
+descriptor; then the core checks magic, version, format and sizes.
+
+Not here: what is in it (core/slab.h), looking at it (inspector), its descriptors (rendezvous).
 """
 
 from __future__ import annotations
@@ -17,12 +22,14 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from multiprocessing import resource_tracker, shared_memory
+from multiprocessing import shared_memory
+from pathlib import Path
 
 import posix_ipc
 
-from . import _core
-from .errors import InvalidConfig, PoolExists
+from . import _core, rendezvous
+from .config import name_problem
+from .errors import InvalidConfig, PoolError, PoolExists, PoolNotFound, SlabCorrupt, SlabVersionMismatch
 
 DIRECTORY = "/dev/shm"
 # A private segment this old belongs to a process that died while making it.
@@ -44,19 +51,14 @@ def create(size: int) -> tuple[int, str]:
 
     Raises InvalidConfig when there is no room for it, or no shared memory at all.
     """
-    name = f"{prefix()}.{os.getpid()}-{secrets.token_hex(8)}"
+    path = os.path.join(DIRECTORY, f"{prefix()}.{os.getpid()}-{secrets.token_hex(8)}")
     try:
-        segment = _shared_memory(name, size)
+        fd = _shared_memory(os.path.basename(path), size)
     except OSError as error:
         raise _no_room(size, error) from error
-    path = os.path.join(DIRECTORY, name)
-    try:
-        fd = posix_ipc.SharedMemory("/" + name).fd  # ours from now on: the object does not close it
     except BaseException:
         _remove(path)
         raise
-    finally:
-        segment.close()
     try:
         os.posix_fallocate(fd, 0, size)  # ftruncate reserves nothing: a full /dev/shm would be a SIGBUS later
     except BaseException as error:
@@ -68,13 +70,19 @@ def create(size: int) -> tuple[int, str]:
     return fd, path
 
 
-def _shared_memory(name: str, size: int) -> shared_memory.SharedMemory:
-    """Make the segment so that no resource tracker will ever unlink it."""
+def _shared_memory(name: str, size: int) -> int:
+    """Make the segment so that no resource tracker will ever unlink it; its descriptor."""
     if sys.version_info >= (3, 13):
-        return shared_memory.SharedMemory(name, create=True, size=size, track=False)
-    segment = shared_memory.SharedMemory(name, create=True, size=size)
-    resource_tracker.unregister("/" + segment.name, "shared_memory")
-    return segment
+        segment = shared_memory.SharedMemory(name, create=True, size=size, track=False)
+        try:
+            return int(posix_ipc.SharedMemory("/" + name).fd)  # ours from now on: the object does not close it
+        finally:
+            segment.close()
+    # SharedMemory has no track=False yet: it would start a tracker, a process, only to be told to forget this.
+    try:
+        return int(posix_ipc.SharedMemory("/" + name, posix_ipc.O_CREX, mode=0o600, size=size).fd)
+    except posix_ipc.Error as error:
+        raise OSError(errno.ENOENT, str(error)) from error
 
 
 def _no_room(size: int, error: OSError) -> InvalidConfig:
@@ -106,82 +114,149 @@ def publish(path: str, name: str) -> None:
 
 def creator_of(name: str) -> int:
     """The process that made the pool `name`; 0 when it cannot be told."""
-    with contextlib.suppress(OSError, ValueError, posix_ipc.Error), _opened(name) as view:
-        return int(view.snapshot()["creator_pid"])
+    with contextlib.suppress(PoolError, ValueError), view(name) as found:
+        return int(found.identity()[5])
     return 0
 
 
+# Opening one that exists --------------------------------------------------------------------------------------------
+
+
+def checked_path(name: str) -> Path:
+    """The file of the pool `name`; raises InvalidConfig when no pool can have that name."""
+    if problem := name_problem(name):
+        raise InvalidConfig(field="name", value=name, remedy=problem)
+    return Path(path_of(name))
+
+
 @contextlib.contextmanager
-def _opened(name: str) -> Iterator[_core.SlabView]:
-    fd = os.open(path_of(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def view(name: str) -> Iterator[_core.SlabView]:
+    """A read-only look at the segment `name`, for as long as the block lasts; see `open_view`."""
+    found = open_view(name)
     try:
-        view = _core.SlabView(fd)
+        yield found
+    finally:
+        found.close()
+
+
+def open_view(name: str) -> _core.SlabView:
+    """A read-only look at the segment `name`, whose status and contents have been found good.
+
+    Raises PoolNotFound, SlabCorrupt, SlabVersionMismatch, or InvalidConfig for an impossible name.
+    """
+    fd = open_checked(name)
+    try:
+        return _core.SlabView(fd)
+    except ValueError as error:
+        why, is_version = error.args if len(error.args) == 2 else (str(error), False)
+        if is_version:
+            found, expected = _layouts(fd)
+            raise SlabVersionMismatch(name=name, found=found, expected=expected) from None
+        raise SlabCorrupt(name=name, detail=why) from None
+    except OSError as error:
+        raise SlabCorrupt(name=name, detail=f"it cannot be mapped: {error}") from error
     finally:
         os.close(fd)
+
+
+def _layouts(fd: int) -> tuple[object, object]:
+    """The version that the segment has and ours; when they are equal, it is the build that differs."""
+    version = int.from_bytes(os.pread(fd, 4, 8), "little")  # struct header_shm
+    if version != _core.SLAB_VERSION:
+        return f"version {version}", f"version {_core.SLAB_VERSION}"
+    return f"version {version} of another build", f"version {version} of this build"
+
+
+def open_checked(name: str, *, writable: bool = False) -> int:
+    """A descriptor of the segment, whose status has been found good: a segment is not believed because of its name."""
+    path = checked_path(name)
     try:
-        yield view
-    finally:
-        view.close()
+        _check_status(name, os.lstat(path))
+        memory = posix_ipc.SharedMemory(f"/{path.name}", read_only=not writable)
+    except (FileNotFoundError, posix_ipc.ExistentialError):
+        raise PoolNotFound(name=name) from None
+    except (OSError, posix_ipc.Error) as error:
+        raise SlabCorrupt(name=name, detail=f"it cannot be opened: {error}") from error
+    fd: int = memory.fd
+    try:
+        status = os.fstat(fd)
+        if status.st_nlink == 0:  # removed since it was opened
+            raise PoolNotFound(name=name)
+        _check_status(name, status)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_status(name: str, status: os.stat_result) -> None:
+    if wrong := _wrong_status(status):
+        raise SlabCorrupt(name=name, detail=wrong)
+
+
+def _wrong_status(status: os.stat_result) -> str:
+    mode = stat.S_IMODE(status.st_mode)
+    if not stat.S_ISREG(status.st_mode):
+        return f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no regular file')}, not shared memory"
+    if status.st_uid != os.getuid():
+        return f"it belongs to user {status.st_uid}, not to this one ({os.getuid()})"
+    if mode & 0o077:
+        return f"its mode {mode:04o} lets other users in (a pool has 0600)"
+    if status.st_nlink != 1:
+        return f"it has {status.st_nlink} names (a pool has one)"
+    return ""
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+# Ending ---------------------------------------------------------------------------------------------------------------
 
 
 def remove_remains(name: str) -> bool:
-    """Remove the segment `name` if no process uses it; whether the name is free now.
+    """Remove the segment `name`, and its socket, if no process uses it; whether the name is free now.
 
-    Only a slab of this user is touched, and what is removed is what was looked at: it is renamed first.
+    Only a slab of this user is touched.
     """
-    path = path_of(name)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    try:
-        seen = os.fstat(fd)
-        if not stat.S_ISREG(seen.st_mode) or seen.st_uid != os.getuid():
-            return False
-        ours = os.pread(fd, len(_core.SLAB_MAGIC), 0) == _core.SLAB_MAGIC  # of whatever version
-        return ours and not _core.byte_is_locked(fd, _core.FAMILY_BYTE) and _remove_this(path, seen)
-    finally:
-        os.close(fd)
+    return _core.remove_segment(path_of(name), b"")
 
 
-def _remove_this(path: str, seen: os.stat_result) -> bool:
-    aside = os.path.join(DIRECTORY, f"{prefix()}.{os.getpid()}-{secrets.token_hex(8)}")
-    try:
-        _core.publish(path, aside)
-    except OSError as error:
-        return error.errno == errno.ENOENT
-    if os.path.samestat(os.stat(aside), seen):
-        _remove(aside)
-        return True
-    _core.publish(aside, path)  # another pool took the name between the look and the rename
-    return False
-
-
-def remove_own(name: str, inode: int) -> None:
-    """Remove the name of a pool that is closed, if it still is that pool's."""
-    with contextlib.suppress(FileNotFoundError):
-        if os.stat(path_of(name)).st_ino == inode:
-            os.unlink(path_of(name))
+def remove_own(name: str, slab_id: bytes) -> None:
+    """Remove the name and the socket of a pool that is closed, if the name still is that pool's."""
+    _core.remove_segment(path_of(name), slab_id)
 
 
 def reap() -> list[str]:
-    """Remove what dead pools of this user left behind; their names."""
+    """Remove what dead pools of this user left behind, segments and sockets; their names and paths."""
     removed = []
     try:
-        names = os.listdir(DIRECTORY)
+        names = [name for name in os.listdir(DIRECTORY) if name.startswith(prefix())]
     except OSError:
         return []
     for entry in names:
-        if not entry.startswith(prefix()):
-            continue
         name = entry.removeprefix(prefix())
         if name.startswith("."):
             _reap_private(os.path.join(DIRECTORY, entry))
         elif remove_remains(name):
             removed.append(name)
-    return removed
+    return removed + rendezvous.sweep(_ids())
+
+
+def _ids() -> set[bytes]:
+    """Of all slabs there are."""
+    found = set()
+    for entry in os.listdir(DIRECTORY):
+        if entry.startswith(prefix()):
+            with contextlib.suppress(PoolError, ValueError), view(entry.removeprefix(prefix())) as slab:
+                found.add(slab.identity()[0])
+    return found
 
 
 def _reap_private(path: str) -> None:

@@ -25,6 +25,7 @@ import shmpool
 from shmpool import Pool, cli, slab
 from shmpool.cli import View, count_text, fit, main, plain_lines, size_text, time_text
 from shmpool.inspector import PoolInfo, list_pools
+from tests.processes import Family
 
 DEADLINE_S = 30.0
 COMMAND = [sys.executable, "-m", "shmpool"]
@@ -91,6 +92,43 @@ def test_list_of_the_dead_and_the_damaged(monkeypatch: pytest.MonkeyPatch, capsy
     out = capsys.readouterr().out
     assert re.search(r"^d +dead +7 +2 +4 KiB .* x\?\[31m$", out, re.MULTILINE)
     assert re.search(r"^broken +damaged +0 B +it is a FIFO$", out, re.MULTILINE)
+
+
+# doctor -------------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_removes_what_the_dead_left(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], family: Family
+) -> None:
+    own = f"shmpool-test-{secrets.token_hex(4)}-"  # pools of other tests reap what they see
+    monkeypatch.setattr(slab, "prefix", lambda: own)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    def die() -> None:
+        pool = Pool(url, name="dead", max_connections=1)
+        os.kill(os.getpid(), signal.SIGKILL if not pool.closed else signal.SIGTERM)
+
+    with Pool(url, name="living", max_connections=1):
+        family.fork(die).wait()
+        assert len(list((tmp_path / "shmpool").iterdir())) == 2
+        Path(slab.path_of("damaged")).write_bytes(b"no slab")
+        Path(slab.path_of("damaged")).chmod(0o600)
+        try:
+            assert main(["doctor"]) == 1
+            said = capsys.readouterr().out.splitlines()
+            assert said[0] == "removed dead: no process uses it any more"
+            assert said[1].startswith("damaged: ")
+            assert "shmpool unlink damaged" in said[1]
+            assert said[2:] == ["1 pool is sound, 1 damaged, 1 removed"]
+            assert len(list((tmp_path / "shmpool").iterdir())) == 1
+            assert main(["unlink", "damaged"]) == 0, "as it was told to"
+        finally:
+            Path(slab.path_of("damaged")).unlink(missing_ok=True)
+        capsys.readouterr()
+        assert main(["doctor", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["removed"], [pool["name"] for pool in found["pools"]]) == ([], ["living"])
+    assert list(tmp_path.iterdir()) == []
 
 
 # stats --------------------------------------------------------------------------------------------------------------

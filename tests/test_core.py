@@ -157,6 +157,12 @@ def test_stem_under_address_sanitizer(builder: Builder, stem: str) -> None:
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("stem", ["descriptors", "pool", "rendezvous"])
+def test_stem_under_thread_sanitizer(builder: Builder, stem: str) -> None:
+    check(builder.program(f"test_{stem}", THREAD))
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("flavour", [ADDRESS, THREAD], ids=lambda flavour: flavour.name)
 def test_stress_under_sanitizers(builder: Builder, flavour: Flavour) -> None:
     check(builder.program("stress", flavour), "20000", SEED)
@@ -175,6 +181,7 @@ class Mutant:
     new: str
     program: str
     arguments: tuple[str, ...] = ()
+    needs_root: bool = False  # to become another user
 
     @property
     def flavour(self) -> Flavour:
@@ -351,7 +358,171 @@ MUTANTS = [
     Mutant(
         "a child that runs another program keeps the letters", "mailbox.c", " | MSG_CMSG_CLOEXEC", "", "test_mailbox"
     ),
+    Mutant(
+        "the middle of a set may be of another slab",
+        "descriptors.c",
+        "memcmp(head->slab_id, first->slab_id, sizeof head->slab_id) == 0 && ",
+        "",
+        "test_descriptors",
+    ),
+    Mutant(
+        "a surplus descriptor stays open",
+        "descriptors.c",
+        "set->count, count)) {\n            for (uint32_t i = 0; i < count; i++)",
+        "set->count, count)) {\n            for (uint32_t i = 0; i < 0 * count; i++)",
+        "test_descriptors",
+    ),
+    Mutant(
+        "what came of a set that breaks off stays open",
+        "descriptors.c",
+        "    if (error)\n        descriptors_close(set);",
+        "    if (error)\n        set->count = 0, descriptors_close(set);",
+        "test_descriptors",
+    ),
+    Mutant(
+        "a message with descriptors that found no room is taken for another kind of fault",
+        "descriptors.c",
+        "message.msg_flags & MSG_CTRUNC ? EMFILE",
+        "message.msg_flags & MSG_OOB ? EMFILE",
+        "test_descriptors",
+    ),
+    Mutant(
+        "a program that is run keeps the received descriptors",
+        "descriptors.c",
+        " | MSG_CMSG_CLOEXEC",
+        "",
+        "test_descriptors",
+    ),
+    Mutant(
+        "a send that waits cannot be stopped",
+        "descriptors.c",
+        "stop < 0 ? 1 : 2",
+        "stop < 0 ? 1 : 1",
+        "test_descriptors",
+    ),
+    Mutant(
+        "another user is answered",
+        "rendezvous.c",
+        " && who.uid == geteuid()",
+        "",
+        "test_rendezvous",
+        needs_root=True,
+    ),
+    Mutant(
+        "a fork does not end the thread",
+        "rendezvous.c",
+        "door->ended_by_fork = atomic_load(&door->open);\n        end_locked(door);",
+        "door->ended_by_fork = atomic_load(&door->open);",
+        "test_rendezvous",
+    ),
+    Mutant(
+        "a thread that was joined is taken to be gone",
+        "rendezvous.c",
+        "tries < GONE_TRIES && ",
+        "tries < 0 && ",
+        "test_rendezvous",
+    ),
+    Mutant(
+        "a child keeps the descriptors of its parent's thread",
+        "rendezvous.c",
+        "    close_descriptors(door);\n    atomic_store",
+        "    door->stop = door->events = -1;\n    atomic_store",
+        "test_rendezvous",
+    ),
+    Mutant(
+        "a child by clone() waits for its parent's thread",
+        "rendezvous.c",
+        "if (door->pid == getpid()) {",
+        "if (door->pid) {",
+        "test_rendezvous",
+    ),
+    Mutant(
+        "a child by clone() takes its parent's thread for its own",
+        "rendezvous.c",
+        "door->pid != getpid())",
+        "!door->pid)",
+        "test_rendezvous",
+    ),
+    Mutant(
+        "a handler of the program may run on the thread",
+        "rendezvous.c",
+        "sigfillset(&all);",
+        "sigemptyset(&all);",
+        "test_rendezvous",
+    ),
+    Mutant(
+        "a member that shall stop answers as long as newcomers come",
+        "rendezvous.c",
+        "while (!is_stopped(door, 0));",
+        "while (door->set);",
+        "test_rendezvous",
+    ),
+    Mutant(
+        "a member without room keeps newcomers for itself",
+        "rendezvous.c",
+        "|| door->spare < 0)",
+        "|| door->spare > 0)",
+        "test_rendezvous",
+    ),
+    Mutant(
+        "a parent does not answer again after a fork",
+        "rendezvous.c",
+        "if (door->ended_by_fork && door->fork)",
+        "if (0)",
+        "test_pool",
+    ),
+    Mutant(
+        "an attached set may have another mailbox",
+        "pool.c",
+        "if (inode_of(pool->mailboxes[i]) != pool->slab.slots[i].mailbox_inode)",
+        "if (!pool->slab.slots[i].mailbox_inode)",
+        "test_pool",
+    ),
+    Mutant(
+        "an attached set may have another listener",
+        "pool.c",
+        "inode_of(pool->shared.listener) != pool->slab.header->listener_inode)",
+        "!pool->shared.listener)",
+        "test_pool",
+    ),
+    Mutant(
+        "an attached set may have more mailboxes than the slab has slots",
+        "pool.c",
+        "return set->count == slab->layout.max_slots && ",
+        "return set->count >= slab->layout.max_slots && ",
+        "test_pool",
+    ),
+    Mutant(
+        "an attached set may be announced as that of another slab",
+        "pool.c",
+        " && memcmp(slab->header->id, set->slab_id, sizeof set->slab_id) == 0",
+        "",
+        "test_pool",
+    ),
+    Mutant(
+        "an attached slab may be another user's",
+        "pool.c",
+        " || status.st_uid != geteuid()",
+        "",
+        "test_pool",
+        needs_root=True,
+    ),
+    Mutant("who attaches is not of the family", "pool.c", "!family_join(pool->slab_fd) || ", "", "test_pool"),
+    Mutant(
+        "who left answers newcomers",
+        "pool.c",
+        "    uint32_t phase = FORK_READY;\n    if (pool->door)\n        rendezvous_close(pool->door);",
+        "    uint32_t phase = FORK_READY;",
+        "test_pool",
+    ),
 ]
+
+
+def _marks(mutant: Mutant) -> list[pytest.MarkDecorator]:
+    marks = [pytest.mark.sanitize] if mutant.flavour is THREAD else []
+    if mutant.needs_root:
+        marks.append(pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"))
+    return marks
 
 
 @pytest.mark.parametrize(
@@ -360,7 +531,7 @@ MUTANTS = [
         pytest.param(
             mutant,
             id=re.sub(r"\W+", "-", mutant.name),
-            marks=[pytest.mark.sanitize] if mutant.flavour is THREAD else [],
+            marks=_marks(mutant),
         )
         for mutant in MUTANTS
     ],

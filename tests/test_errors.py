@@ -16,6 +16,7 @@ from shmpool import errors
 from shmpool.errors import (
     DescriptorsLost,
     DialError,
+    ForeignUser,
     InvalidConfig,
     LeaseExpired,
     NoConnectionForIPVersion,
@@ -27,6 +28,7 @@ from shmpool.errors import (
     PoolInUse,
     PoolNotFound,
     PoolTimeout,
+    PoolUnreachable,
     SlabCorrupt,
     SlabVersionMismatch,
 )
@@ -56,7 +58,9 @@ SAMPLES: list[tuple[PoolError, list[str]]] = [
     (SlabVersionMismatch(name="web", found=1, expected=2), ["'web'", "layout 1", "has 2"]),
     (PoolNotFound(name="web"), ["'web'", "shmpool list"]),
     (PoolExists(name="web", pid=321), ["'web'", "process 321", "close()"]),
+    (PoolUnreachable(name="web", waited=10.02, pids=(3, 21)), ["'web'", "process 3, 21", "10.0 s", "stopped"]),
     (PoolInUse(name="web", pids=(3, 21)), ["'web'", "process 3, 21"]),
+    (ForeignUser(pool="web", uid=33, owner=0), ["'web'", "user 0", "as user 33", "pool.recover()"]),
     (DescriptorsLost(pool="web"), ["'web'", "descriptors", "keep inherited descriptors open"]),
 ]
 

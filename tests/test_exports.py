@@ -20,9 +20,11 @@ PUBLIC = {
     "PooledConnection",
     "Protocol",
     "__version__",
+    "attach",
     "errors",
     "inspect",
     "list_pools",
+    "pools",
     *errors.__all__,
 }
 # Wanted by an integration, the command line or a test, never by the pool itself.

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 import shmpool
-from shmpool import InvalidConfig, Pool, PoolExists, _core, slab
+from shmpool import InvalidConfig, Pool, SlabCorrupt, _core, slab
 from tests.processes import Family, descriptors, until
 
 URL = "tcp://127.0.0.1:1"  # nobody listens: these pools never connect
@@ -113,10 +113,9 @@ def test_a_living_pool_keeps_its_name(name: str) -> None:
     with Pool(URL, name=name, **SMALL) as pool:
         before = set(descriptors().items()), segments(os.getpid())
         for _ in range(3):
-            with pytest.raises(PoolExists) as caught:
-                Pool(URL, name=name, **SMALL)
-            assert (caught.value.name, caught.value.pid) == (name, os.getpid())
-        del caught
+            with pytest.raises(InvalidConfig, match=f"max_connections=.*{name}"):
+                Pool(URL, name=name, **{**SMALL, "max_connections": SMALL["max_connections"] + 1})
+            Pool(URL, name=name, **SMALL).leave()
         gc.collect()
         assert (set(descriptors().items()), segments(os.getpid())) == before
         assert not pool.closed
@@ -149,8 +148,10 @@ def test_a_child_keeps_the_name_when_its_parent_is_dead(name: str) -> None:
             return pid
 
         family.fork(parent).result()
-        with pytest.raises(PoolExists):
-            Pool(URL, name=name, **SMALL)
+        with Pool(URL, name=name, **SMALL) as pool, shmpool.inspect(name) as inspector:
+            assert inspector.snapshot()["creator_pid"] != os.getpid(), "it was joined, not made anew"
+            assert not pool.closed
+        assert os.path.exists(slab.path_of(name)), "the child keeps it"
         go_on.set()
         until(lambda: slab.remove_remains(name), "the last of the family has gone")
 
@@ -195,7 +196,7 @@ def test_a_foreign_file_is_left_alone(name: str) -> None:
         Pool(URL, **SMALL).close()
         slab.reap()
         assert path.read_bytes() == content
-        with pytest.raises(PoolExists) as caught:
+        with pytest.raises(SlabCorrupt) as caught:
             Pool(URL, name=name, **SMALL)
         assert caught.value.name == name
         assert path.read_bytes() == content
@@ -224,7 +225,7 @@ def test_whatever_has_the_name_is_no_trouble(name: str, occupy: Callable[[str], 
     occupy(path)
     kind = stat.S_IFMT(os.lstat(path).st_mode)
     before = set(descriptors().items()), segments(os.getpid())
-    with pytest.raises(PoolExists):
+    with pytest.raises(SlabCorrupt):
         Pool(URL, name=name, **SMALL)
     Pool(URL, **SMALL).close()
     slab.reap()
@@ -279,21 +280,23 @@ def test_no_room_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, error: B
     assert (set(descriptors().items()), segments(os.getpid())) == before
 
 
-@pytest.mark.parametrize("step", ["_create", "_inode"])
-def test_an_interrupt_while_it_is_made_leaves_nothing_behind(step: str) -> None:
-    class Interrupted(Pool):
-        pass
-
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("step", ["create", "publish"])
+def test_an_interrupt_while_it_is_made_leaves_nothing_behind(
+    step: str, named: bool, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    setattr(Interrupted, step, interrupt if step == "_create" else property(lambda _: 0, interrupt))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(*((Pool, "_create") if step == "create" else (slab, "publish")), interrupt)
     before = set(descriptors().items()), segments(os.getpid())
     with pytest.raises(KeyboardInterrupt) as caught:
-        Interrupted(URL, **SMALL)
+        Pool(URL, name=name if named else None, **SMALL)
     del caught
     gc.collect()
     assert (set(descriptors().items()), segments(os.getpid())) == before
+    assert list(tmp_path.iterdir()) == []
 
 
 def in_namespace(mounts: str, script: str) -> str:

@@ -19,11 +19,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "connection.h"
 #include "pool.h"
 #include "recovery.h"
+#include "segment.h"
 
 enum { SPARE_LEASES = 8 };
 
@@ -761,10 +763,14 @@ static bool ensure_joined(PoolObject *self)
             return raise_error(self, "workers", 0, 0, 0) != NULL;
         if (verdict == POOL_LOST_DESCRIPTORS)
             return raise_error(self, "descriptors", 0, 0, 0) != NULL;
+        if (verdict == POOL_ERRNO && errno == EACCES)
+            return raise_error(self, "user", 0, 0, 0) != NULL;
         if (verdict != POOL_OK)
             return PyErr_SetFromErrno(PyExc_OSError) != NULL;
     }
     forget_foreign(self);
+    /* Again, after a fork. That no thread can be made here is no fault of the caller's: other members answer, and the next use tries. */
+    (void)pool_answer(pool);
     return true;
 }
 
@@ -1086,6 +1092,8 @@ static PyObject *search_and_wait(PoolObject *self, uint32_t mask, uint64_t timeo
     struct pool *pool = &self->pool;
     struct request request = request_new(mask, timeout_ns, may_wait);
     PyObject *lease = NULL;
+    if (self->made && !self->finished && pool_joined(pool))
+        (void)pool_answer(pool); /* see ensure_joined */
     while (!lease && !PyErr_Occurred()) {
         if (!self->made || self->finished || forked_since(self, request.generation) ||
             self->generation != pool->generation) {
@@ -1120,7 +1128,7 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
 {
     struct pool *pool = &self->pool;
     struct pool_claim claim;
-    if (SHM_UNLIKELY(!self->made || !pool_is_open(pool) || !pool_joined(pool) || self->generation != pool->generation))
+    if (SHM_UNLIKELY(!self->made || !pool_is_open(pool) || !pool_is_settled(pool) || self->generation != pool->generation))
         return get_slow(self, mask, timeout_ns, may_wait);
     uint64_t now = clock_coarse(), begun = 0;
     uint32_t weight = pool->options.stats ? pool_timing_due(pool, now) : 0;
@@ -1264,43 +1272,125 @@ GET_KIND(get_ipv6, IPV6_MASK, NULL, 6)
 
 /* ---- the other methods of PoolBase ---- */
 
-static PyObject *pool_create_(PoolObject *self, PyObject *args)
+/* What this process wants of the pool, the same for a pool that it makes and one that it joins: (local_cache_size, alive_bypass,
+ * idle_timeout, clear_udp_buffer, udp_clear_timeout, udp_clear_max_packets, stats), get_timeout, mask, on_borrow, on_return. */
+static bool take_settings(PoolObject *self, PyObject *settings, struct pool_options *options)
 {
-    unsigned slots, workers, waiters, cache, uid, udp_packets, mask;
-    int fd, clear_udp, stats;
-    const char *id, *name, *target, *config;
-    Py_ssize_t id_size;
-    double created, bypass, idle, udp_timeout;
-    PyObject *timeout, *on_borrow, *on_return;
-    if (!PyArg_ParseTuple(args, "i(III)(y#dIsss)(IddpdIp)OIOO", &fd, &slots, &workers, &waiters, &id, &id_size, &created, &uid,
-                          &name, &target, &config, &cache, &bypass, &idle, &clear_udp, &udp_timeout, &udp_packets, &stats,
-                          &timeout, &mask, &on_borrow, &on_return))
-        return NULL;
-    struct slab_layout layout;
+    unsigned cache, udp_packets, mask;
+    int clear_udp, stats;
+    double bypass, idle, udp_timeout;
     uint64_t timeout_ns;
-    if (self->made || id_size != 16 || cache > LOCAL_CACHE_MAX || !mask || mask > WAITER_ANY_BUCKET ||
-        !slab_layout(&layout, slots, workers, waiters) || !seconds_ns(timeout, "get_timeout", &timeout_ns)) {
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_ValueError, "_create: a capacity is out of range");
-        return NULL;
-    }
-    struct slab_identity who = {(const uint8_t *)id, (uint64_t)(created * 1e9), uid, (uint32_t)getpid(), name, target, config};
-    struct pool_options options = {cache, bypass > 9e9 ? NEVER : (uint64_t)(bypass * 1e9), idle > 9e9 ? NEVER : (uint64_t)(idle * 1e9),
-                                   (uint64_t)(udp_timeout * 1e9), udp_packets, clear_udp != 0, stats != 0};
+    PyObject *timeout, *on_borrow, *on_return;
+    if (!PyArg_ParseTuple(settings, "(IddpdIp)OIOO:settings", &cache, &bypass, &idle, &clear_udp, &udp_timeout, &udp_packets, &stats,
+                          &timeout, &mask, &on_borrow, &on_return) ||
+        !seconds_ns(timeout, "get_timeout", &timeout_ns))
+        return false;
+    if (self->made || cache > LOCAL_CACHE_MAX || !mask || mask > WAITER_ANY_BUCKET)
+        return PyErr_Format(PyExc_ValueError, "a pool is made once, and its settings are in range") != NULL;
+    *options = (struct pool_options){cache, bypass > 9e9 ? NEVER : (uint64_t)(bypass * 1e9), idle > 9e9 ? NEVER : (uint64_t)(idle * 1e9),
+                                     (uint64_t)(udp_timeout * 1e9), udp_packets, clear_udp != 0, stats != 0};
     self->mask = mask;
     self->default_timeout_ns = timeout_ns;
-    self->on_borrow = on_borrow == Py_None ? NULL : Py_NewRef(on_borrow);
-    self->on_return = on_return == Py_None ? NULL : Py_NewRef(on_return);
-    if (pool_create(&self->pool, fd, &layout, &who, &options) != POOL_OK) {
-        self->pool.slab_fd = -1; /* the caller's again */
+    Py_XSETREF(self->on_borrow, on_borrow == Py_None ? NULL : Py_NewRef(on_borrow));
+    Py_XSETREF(self->on_return, on_return == Py_None ? NULL : Py_NewRef(on_return));
+    return true;
+}
+
+static void begin_use(PoolObject *self)
+{
+    self->made = true;
+    for (uint32_t slot = 0; slot < self->pool.slab.layout.max_slots; slot++)
+        entry_take(&self->pool.entries[slot]);
+    self->generation = self->pool.generation;
+}
+
+/* _create(fd, listener, (slots, workers, waiters), (id, created, uid, name, target, config, rendezvous), settings): the descriptors stay
+ * the caller's if this raises. */
+static PyObject *pool_create_(PoolObject *self, PyObject *args)
+{
+    unsigned slots, workers, waiters, uid;
+    int fd, listener;
+    const char *id, *name, *target, *config, *rendezvous;
+    Py_ssize_t id_size;
+    double created;
+    PyObject *settings;
+    struct slab_layout layout;
+    struct pool_options options;
+    if (!PyArg_ParseTuple(args, "ii(III)(y#dIssss)O!", &fd, &listener, &slots, &workers, &waiters, &id, &id_size, &created, &uid,
+                          &name, &target, &config, &rendezvous, &PyTuple_Type, &settings))
+        return NULL;
+    if (id_size != 16 || !slab_layout(&layout, slots, workers, waiters))
+        return PyErr_Format(PyExc_ValueError, "_create: a capacity is out of range");
+    if (!take_settings(self, settings, &options))
+        return NULL;
+    struct slab_identity who = {(const uint8_t *)id, (uint64_t)(created * 1e9), uid, (uint32_t)getpid(), name, target, config,
+                                rendezvous};
+    if (pool_create(&self->pool, fd, listener, &layout, &who, &options) != POOL_OK) {
+        self->pool.slab_fd = self->pool.shared.listener = -1; /* the caller's again */
         pool_free(&self->pool);
         return PyErr_SetFromErrno(PyExc_OSError);
     }
-    self->made = true;
-    for (uint32_t slot = 0; slot < slots; slot++)
-        entry_take(&self->pool.entries[slot]);
-    self->generation = self->pool.generation;
+    begin_use(self);
     Py_RETURN_NONE;
+}
+
+/* _attach(socket, timeout, id, settings): join the pool whose descriptors arrive over the socket. OSError: they did not arrive whole;
+ * ValueError(why, is a matter of versions): the slab is none; LookupError: they are of another pool than `id`. */
+static PyObject *pool_attach_(PoolObject *self, PyObject *args)
+{
+    int from, error;
+    double timeout;
+    const char *id;
+    Py_ssize_t id_size;
+    PyObject *settings;
+    struct pool_options options;
+    struct descriptors set;
+    enum slab_verdict why;
+    enum pool_verdict verdict;
+    if (!PyArg_ParseTuple(args, "idy#O!", &from, &timeout, &id, &id_size, &PyTuple_Type, &settings) ||
+        !take_settings(self, settings, &options))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    error = descriptors_receive(from, &set, (uint64_t)(timeout * 1e9));
+    Py_END_ALLOW_THREADS
+    if (error) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    if (id_size != sizeof set.slab_id || memcmp(set.slab_id, id, sizeof set.slab_id)) {
+        descriptors_close(&set);
+        return PyErr_Format(PyExc_LookupError, "the descriptors of another pool arrived");
+    }
+    Py_BEGIN_ALLOW_THREADS
+    verdict = pool_attach(&self->pool, &set, &options, &why);
+    Py_END_ALLOW_THREADS
+    if (verdict == POOL_OK) {
+        begin_use(self);
+        Py_RETURN_NONE;
+    }
+    pool_free(&self->pool);
+    if (verdict == POOL_ERRNO)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (verdict == POOL_BAD_SLAB)
+        return raise_bad_slab(why);
+    if (verdict == POOL_LOST_DESCRIPTORS)
+        return PyErr_Format(PyExc_LookupError, "the descriptors do not belong to the slab");
+    return PyErr_Format(PyExc_IndexError, "every place for a worker is taken");
+}
+
+/* _answer(listener): answer newcomers who come to that listening socket, from now on; it is ours unless this raises. -1: to the one
+ * that we have. */
+static PyObject *pool_answer_(PoolObject *self, PyObject *args)
+{
+    int listener;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "i", &listener))
+        return NULL;
+    if (self->finished || !pool_is_open(&self->pool))
+        return raise_error(self, "closed", 0, 0, 0);
+    if (!ensure_joined(self)) /* also begins to answer again after a fork */
+        return NULL;
+    errno = listener < 0 ? 0 : pool_listen(&self->pool, listener);
+    return errno ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
 }
 
 /* _mail(slot, id, fd) -> bool: put the descriptor of a connection that is being dialled into the slot's mailbox, in place of an
@@ -1473,6 +1563,16 @@ static PyObject *pool_leave__alone(PoolObject *self)
     Py_RETURN_NONE;
 }
 
+/* _unmake() -> None: leave, and be as if never made: another process was first to publish. */
+static PyObject *pool_unmake_alone(PoolObject *self)
+{
+    Py_XDECREF(pool_leave__alone(self));
+    if (self->made)
+        pool_free(&self->pool);
+    self->made = self->finished = false;
+    Py_RETURN_NONE;
+}
+
 /* The methods that give things back, each alone on its pool. */
 #define ALONE(name)                                                                                                    \
     static PyObject *name(PoolObject *self, PyObject *unused)                                                          \
@@ -1488,6 +1588,28 @@ ALONE(pool_close_stale)
 ALONE(pool_shut_)
 ALONE(pool_finish)
 ALONE(pool_leave_)
+ALONE(pool_unmake)
+
+/* _note_path(path) -> None: where the segment is, for a process that ends without leaving. */
+static PyObject *pool_note_path(PoolObject *self, PyObject *args)
+{
+    const char *path;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "s", &path))
+        return NULL;
+    if (!self->finished)
+        segment_note(self->pool.seat, self->pool.slab_fd, path);
+    Py_RETURN_NONE;
+}
+
+/* _identity() -> (id of the slab, path of the socket for newcomers); (b"", "") before there is one. */
+static PyObject *pool_identity(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (!self->made)
+        return Py_BuildValue("y#s", "", (Py_ssize_t)0, "");
+    struct header_shm *header = self->pool.slab.header;
+    return Py_BuildValue("y#s", header->id, (Py_ssize_t)sizeof header->id, header->rendezvous);
+}
 
 static PyObject *pool_is_open_(PoolObject *self, PyObject *unused)
 {
@@ -1598,6 +1720,10 @@ static PyMethodDef pool_methods[] = {
     {"get_ipv4", FASTCALL(pool_get_ipv4), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_ipv4($self, timeout=None)\n--\n\nget(timeout, ip_version=4).")},
     {"get_ipv6", FASTCALL(pool_get_ipv6), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_ipv6($self, timeout=None)\n--\n\nget(timeout, ip_version=6).")},
     {"_create", FASTCALL(pool_create_), METH_VARARGS, NULL},
+    {"_attach", FASTCALL(pool_attach_), METH_VARARGS, NULL},
+    {"_answer", FASTCALL(pool_answer_), METH_VARARGS, NULL},
+    {"_note_path", FASTCALL(pool_note_path), METH_VARARGS, NULL},
+    {"_identity", FASTCALL(pool_identity), METH_NOARGS, NULL},
     {"_mail", FASTCALL(pool_mail), METH_VARARGS, NULL},
     {"_recover", FASTCALL(pool_recover), METH_NOARGS, NULL},
     {"_expire", FASTCALL(pool_expire), METH_NOARGS, NULL},
@@ -1605,6 +1731,7 @@ static PyMethodDef pool_methods[] = {
     {"_shut", FASTCALL(pool_shut_), METH_NOARGS, NULL},
     {"_finish", FASTCALL(pool_finish), METH_NOARGS, NULL},
     {"_leave", FASTCALL(pool_leave_), METH_NOARGS, NULL},
+    {"_unmake", FASTCALL(pool_unmake), METH_NOARGS, NULL},
     {"_is_open", FASTCALL(pool_is_open_), METH_NOARGS, NULL},
     {"_counts", FASTCALL(pool_counts), METH_NOARGS, NULL},
     {"_open", FASTCALL(pool_open_), METH_VARARGS, NULL},
@@ -1647,6 +1774,29 @@ static PyObject *core_byte_is_locked(PyObject *module, PyObject *args)
     return PyBool_FromLong(byte_is_locked(fd, byte));
 }
 
+/* remove_segment(path, id) -> bool: see segment.h; id b"": only if no process holds it. */
+static PyObject *core_remove_segment(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *path, *id;
+    Py_ssize_t id_size;
+    if (!PyArg_ParseTuple(args, "sy#:remove_segment", &path, &id, &id_size))
+        return NULL;
+    if (id_size != 0 && id_size != 16)
+        return PyErr_Format(PyExc_ValueError, "remove_segment: an id has 16 bytes, or none");
+    return PyBool_FromLong(segment_remove(path, id_size ? (const uint8_t *)id : NULL));
+}
+
+/* family_join(fd) -> None: hold the segment: nobody takes it for the remains of the dead while `fd` is open. */
+static PyObject *core_family_join(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int fd;
+    if (!PyArg_ParseTuple(args, "i:family_join", &fd))
+        return NULL;
+    return family_join(fd) ? Py_NewRef(Py_None) : PyErr_SetFromErrno(PyExc_OSError);
+}
+
 /* publish(private path, public path): rename that fails (FileExistsError) when the public name exists. */
 static PyObject *core_publish(PyObject *module, PyObject *args)
 {
@@ -1659,10 +1809,52 @@ static PyObject *core_publish(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* pidfd_getfd(pidfd, fd) -> int: a duplicate of another process's descriptor, where the kernel lets us (pidfd_getfd(2)). */
+static PyObject *core_pidfd_getfd(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int pidfd, theirs;
+    if (!PyArg_ParseTuple(args, "ii:pidfd_getfd", &pidfd, &theirs))
+        return NULL;
+    long ours = syscall(SYS_pidfd_getfd, pidfd, theirs, 0); /* close-on-exec */
+    return ours < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(ours);
+}
+
+/* send_descriptors(socket, id, slab, listener, [mailboxes]) -> None: send what PoolBase._attach() takes; the descriptors stay the caller's. */
+static PyObject *core_send_descriptors(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int to;
+    const char *id;
+    Py_ssize_t id_size;
+    PyObject *list;
+    struct descriptors set;
+    if (!PyArg_ParseTuple(args, "iy#iiO!:send_descriptors", &to, &id, &id_size, &set.slab, &set.listener, &PyList_Type, &list))
+        return NULL;
+    set.count = (uint32_t)PyList_GET_SIZE(list);
+    if (id_size != sizeof set.slab_id || !set.count)
+        return PyErr_Format(PyExc_ValueError, "send_descriptors: an id has 16 bytes, and a pool a mailbox");
+    memcpy(set.slab_id, id, sizeof set.slab_id);
+    if (!(set.mailboxes = PyMem_Calloc(set.count, sizeof *set.mailboxes)))
+        return PyErr_NoMemory();
+    for (uint32_t i = 0; i < set.count && !PyErr_Occurred(); i++)
+        set.mailboxes[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
+    int error = PyErr_Occurred() ? 0 : descriptors_send(to, &set, -1, 0);
+    PyMem_Free(set.mailboxes);
+    if (PyErr_Occurred())
+        return NULL;
+    errno = error;
+    return error ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
+}
+
 static PyMethodDef core_methods[] = {
     {"layout", core_layout, METH_VARARGS, PyDoc_STR("layout(slots, workers, waiters) -> (total, per slot, per worker) bytes")},
     {"byte_is_locked", core_byte_is_locked, METH_VARARGS, PyDoc_STR("byte_is_locked(fd, byte) -> bool")},
+    {"remove_segment", core_remove_segment, METH_VARARGS, PyDoc_STR("remove_segment(path, id) -> bool")},
+    {"family_join", core_family_join, METH_VARARGS, PyDoc_STR("family_join(fd) -> None")},
     {"publish", core_publish, METH_VARARGS, PyDoc_STR("publish(private_path, public_path) -> None")},
+    {"pidfd_getfd", core_pidfd_getfd, METH_VARARGS, PyDoc_STR("pidfd_getfd(pidfd, fd) -> int")},
+    {"send_descriptors", core_send_descriptors, METH_VARARGS, PyDoc_STR("send_descriptors(socket, id, slab, listener, mailboxes) -> None")},
     {NULL},
 };
 

@@ -11,6 +11,8 @@
 
 /* The slab as a dict; `fd` tells which workers are alive, -1: all are taken to be. Works on a read-only mapping. */
 PyObject *snapshot_build(struct slab *slab, int fd);
+/* Raise ValueError(what is wrong, whether it is a matter of versions); NULL. */
+PyObject *raise_bad_slab(enum slab_verdict verdict);
 extern PyType_Spec view_spec;
 
 #endif

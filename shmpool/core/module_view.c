@@ -153,6 +153,17 @@ typedef struct {
     int fd;
 } ViewObject;
 
+/* ValueError(what is wrong, whether it is a matter of versions) */
+PyObject *raise_bad_slab(enum slab_verdict verdict)
+{
+    PyObject *evidence = Py_BuildValue("sN", slab_verdict_text(verdict), PyBool_FromLong(verdict == SLAB_FOREIGN_VERSION ||
+                                                                                         verdict == SLAB_FOREIGN_FORMAT));
+    if (evidence)
+        PyErr_SetObject(PyExc_ValueError, evidence);
+    Py_XDECREF(evidence);
+    return NULL;
+}
+
 /* SlabView(fd): map the segment of `fd` read-only and check it. The view keeps a duplicate of the descriptor. */
 static int view_init(ViewObject *self, PyObject *args, PyObject *names)
 {
@@ -183,27 +194,74 @@ static int view_init(ViewObject *self, PyObject *args, PyObject *names)
             self->slab.header = NULL;
         }
     }
-    if (verdict != SLAB_OK) { /* (what is wrong, whether it is a matter of versions) */
-        PyObject *evidence = Py_BuildValue("sN", slab_verdict_text(verdict), PyBool_FromLong(verdict == SLAB_FOREIGN_VERSION ||
-                                                                                             verdict == SLAB_FOREIGN_FORMAT));
-        if (evidence)
-            PyErr_SetObject(PyExc_ValueError, evidence);
-        Py_XDECREF(evidence);
+    if (verdict != SLAB_OK) {
+        raise_bad_slab(verdict);
         return -1;
     }
     self->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
     return 0;
 }
 
+/* Is the mapping there and whole? An exception is set when not. */
+static bool view_is_whole(ViewObject *self)
+{
+    struct stat status;
+    if (!self->slab.header)
+        return PyErr_Format(PyExc_ValueError, "the view is closed") != NULL;
+    if (fstat(self->fd, &status) || (uint64_t)status.st_size < self->slab.layout.total_size) /* cut: reading would SIGBUS */
+        return PyErr_Format(PyExc_ValueError, "the segment was cut to %lld bytes", (long long)status.st_size) != NULL;
+    return true;
+}
+
 static PyObject *view_snapshot(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    struct stat status;
-    if (!self->slab.header)
-        return PyErr_Format(PyExc_ValueError, "the view is closed");
-    if (fstat(self->fd, &status) || (uint64_t)status.st_size < self->slab.layout.total_size) /* cut: reading would SIGBUS */
-        return PyErr_Format(PyExc_ValueError, "the segment was cut to %lld bytes", (long long)status.st_size);
-    return snapshot_build(&self->slab, self->fd);
+    return view_is_whole(self) ? snapshot_build(&self->slab, self->fd) : NULL;
+}
+
+/* identity() -> (id, name, config, rendezvous, listener's inode, creator's pid, open?): what never changes, and whether the pool is open. */
+static PyObject *view_identity(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (!view_is_whole(self))
+        return NULL;
+    struct header_shm *header = self->slab.header;
+    return Py_BuildValue("y#sssKIN", header->id, (Py_ssize_t)sizeof header->id, header->name, header->config, header->rendezvous,
+                         (unsigned long long)header->listener_inode, header->creator_pid, PyBool_FromLong(SHM_LOAD(hint, header->state) == SHM_POOL_OPEN));
+}
+
+/* mailboxes() -> [inode of each slot's mailbox] */
+static PyObject *view_mailboxes(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (!view_is_whole(self))
+        return NULL;
+    PyObject *list = PyList_New(self->slab.layout.max_slots);
+    for (uint32_t i = 0; list && i < self->slab.layout.max_slots; i++) {
+        PyObject *inode = PyLong_FromUnsignedLongLong(self->slab.slots[i].mailbox_inode);
+        if (inode)
+            PyList_SET_ITEM(list, i, inode);
+        else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+/* workers() -> [pid of each living member] */
+static PyObject *view_workers(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    PyObject *list = view_is_whole(self) ? PyList_New(0) : NULL;
+    for (uint32_t i = 0; list && i < self->slab.layout.max_workers; i++) {
+        struct worker_shm *row = &self->slab.workers[i];
+        if (SHM_LOAD_ACQUIRE(worker, row->state) != SHM_WORKER_ACTIVE || !byte_is_locked(self->fd, i))
+            continue;
+        PyObject *pid = PyLong_FromUnsignedLong(SHM_LOAD(hint, row->pid));
+        if (!pid || PyList_Append(list, pid))
+            Py_CLEAR(list);
+        Py_XDECREF(pid);
+    }
+    return list;
 }
 
 /* in_use() -> bool: does any process still hold this slab? */
@@ -234,6 +292,9 @@ static void view_dealloc(ViewObject *self)
 
 static PyMethodDef view_methods[] = {
     {"snapshot", FASTCALL(view_snapshot), METH_NOARGS, PyDoc_STR("snapshot() -> dict")},
+    {"identity", FASTCALL(view_identity), METH_NOARGS, PyDoc_STR("identity() -> (id, name, config, rendezvous, listener's inode, creator's pid, open)")},
+    {"mailboxes", FASTCALL(view_mailboxes), METH_NOARGS, PyDoc_STR("mailboxes() -> [inode of each slot's mailbox]")},
+    {"workers", FASTCALL(view_workers), METH_NOARGS, PyDoc_STR("workers() -> [pid of each living member]")},
     {"in_use", FASTCALL(view_in_use), METH_NOARGS, PyDoc_STR("in_use() -> bool: does any process still hold the slab?")},
     {"close", FASTCALL(view_close), METH_NOARGS, PyDoc_STR("close() -> None")},
     {NULL},

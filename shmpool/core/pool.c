@@ -17,49 +17,66 @@
 
 /* ---- the handle ---- */
 
-static bool make_mailboxes(struct pool *pool, uint32_t count)
-{
-    pool->mailboxes = malloc(count * sizeof *pool->mailboxes);
-    if (!pool->mailboxes)
-        return false;
-    for (uint32_t i = 0; i < count; i++)
-        pool->mailboxes[i] = -1;
-    for (uint32_t i = 0; i < count; i++)
-        if ((pool->mailboxes[i] = mailbox_new()) < 0)
-            return false;
-    return true;
-}
-
 static uint64_t inode_of(int fd)
 {
     struct stat status;
     return fd >= 0 && fstat(fd, &status) == 0 ? (uint64_t)status.st_ino : 0;
 }
 
-static bool note_inodes(struct pool *pool)
+static bool make_mailboxes(struct pool *pool, uint32_t count)
 {
-    uint32_t count = pool->slab.layout.max_slots;
-    pool->inodes = malloc((count + 1) * sizeof *pool->inodes);
-    for (uint32_t i = 0; pool->inodes && i < count; i++)
-        pool->inodes[i] = inode_of(pool->mailboxes[i]);
-    if (pool->inodes)
-        pool->inodes[count] = inode_of(pool->slab_fd);
-    return pool->inodes != NULL;
+    pool->mailboxes = malloc(count * sizeof *pool->mailboxes);
+    if (!pool->mailboxes)
+        return false;
+    pool->shared.count = count;
+    for (uint32_t i = 0; i < count; i++)
+        pool->mailboxes[i] = -1;
+    for (uint32_t i = 0; i < count; i++) {
+        if ((pool->mailboxes[i] = mailbox_new()) < 0)
+            return false;
+        pool->slab.slots[i].mailbox_inode = inode_of(pool->mailboxes[i]);
+    }
+    return true;
 }
 
-/* Are the slab's descriptor and the mailboxes still what they were? */
+/* Are the slab's descriptor, the mailboxes and the listener what they should be? */
 static bool descriptors_intact(struct pool *pool)
 {
-    uint32_t count = pool->slab.layout.max_slots;
-    if (!pool->inodes)
+    if (!pool->slab_inode)
         return true;
-    for (uint32_t i = 0; i < count; i++)
-        if (inode_of(pool->mailboxes[i]) != pool->inodes[i])
+    for (uint32_t i = 0; i < pool->slab.layout.max_slots; i++)
+        if (inode_of(pool->mailboxes[i]) != pool->slab.slots[i].mailbox_inode)
             return false;
-    return inode_of(pool->slab_fd) == pool->inodes[count];
+    if (pool->slab.header->listener_inode && inode_of(pool->shared.listener) != pool->slab.header->listener_inode)
+        return false;
+    return inode_of(pool->slab_fd) == pool->slab_inode;
 }
 
-/* What every handle needs beside the slab; false: errno. */
+static void begin_handle(struct pool *pool, int slab_fd, int listener, const struct pool_options *options)
+{
+    memset(pool, 0, sizeof *pool);
+    pool->slab_fd = slab_fd;
+    pool->slab_inode = inode_of(slab_fd);
+    pool->shared.listener = listener;
+    atomic_store(&pool->spare_fd, -1);
+    pool->options = *options;
+    pool->cache.size = options->local_cache_size;
+    assert(pool->cache.size <= LOCAL_CACHE_MAX);
+}
+
+/* A mapping keeps its open file description, and with it every lock that is held through it: so it has one of its own. */
+static void *map_anew(int slab_fd, uint64_t size)
+{
+    int map_fd = file_open_anew(slab_fd);
+    void *base = map_fd < 0 ? MAP_FAILED : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd, 0);
+    int error = errno;
+    if (map_fd >= 0)
+        close(map_fd);
+    errno = error;
+    return base;
+}
+
+/* What every handle needs beside the slab and the mailboxes; false: errno. */
 static bool make_private(struct pool *pool)
 {
     uint32_t count = pool->slab.layout.max_slots;
@@ -72,40 +89,106 @@ static bool make_private(struct pool *pool)
     return true;
 }
 
-enum pool_verdict pool_create(struct pool *pool, int slab_fd, const struct slab_layout *layout,
+/* The handle is whole: take part. */
+static enum pool_verdict begin_part(struct pool *pool)
+{
+    memcpy(pool->shared.slab_id, pool->slab.header->id, sizeof pool->shared.slab_id);
+    pool->shared.slab = pool->slab_fd;
+    pool->shared.mailboxes = pool->mailboxes;
+    if (!family_join(pool->slab_fd) || (pool->shared.listener >= 0 && !(pool->door = rendezvous_take())))
+        return POOL_ERRNO;
+    enum pool_verdict verdict = pool_join(pool);
+    if (verdict == POOL_OK && (errno = pool_answer(pool)))
+        return POOL_ERRNO;
+    return verdict;
+}
+
+enum pool_verdict pool_create(struct pool *pool, int slab_fd, int listener, const struct slab_layout *layout,
                               const struct slab_identity *who, const struct pool_options *options)
 {
-    memset(pool, 0, sizeof *pool);
-    pool->slab_fd = slab_fd;
-    atomic_store(&pool->spare_fd, -1);
-    pool->options = *options;
-    pool->cache.size = options->local_cache_size;
-    assert(pool->cache.size <= LOCAL_CACHE_MAX);
-    int map_fd = file_open_anew(slab_fd); /* a mapping keeps its description, and with it every lock that is held through it */
-    void *base = map_fd < 0 ? MAP_FAILED : mmap(NULL, layout->total_size, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd, 0);
-    int error = errno;
-    if (map_fd >= 0)
-        close(map_fd);
-    errno = error;
+    begin_handle(pool, slab_fd, listener, options);
+    void *base = map_anew(slab_fd, layout->total_size);
     if (base == MAP_FAILED)
         return POOL_ERRNO;
     slab_format_new(&pool->slab, base, layout, who);
-    if (!make_private(pool) || !make_mailboxes(pool, layout->max_slots) || !note_inodes(pool) ||
-        !family_join(slab_fd))
+    pool->slab.header->listener_inode = inode_of(listener);
+    return make_private(pool) && make_mailboxes(pool, layout->max_slots) ? begin_part(pool) : POOL_ERRNO;
+}
+
+static bool is_of_set(const struct slab *slab, const struct descriptors *set)
+{
+    return set->count == slab->layout.max_slots && memcmp(slab->header->id, set->slab_id, sizeof set->slab_id) == 0;
+}
+
+enum pool_verdict pool_attach(struct pool *pool, struct descriptors *set, const struct pool_options *options, enum slab_verdict *why)
+{
+    struct stat status;
+    begin_handle(pool, set->slab, set->listener, options);
+    pool->mailboxes = set->mailboxes;
+    pool->shared.count = set->count;
+    *why = SLAB_TOO_SMALL;
+    if (fstat(set->slab, &status) || status.st_uid != geteuid())
+        return POOL_LOST_DESCRIPTORS;
+    uint64_t size = (uint64_t)status.st_size;
+    if (size < SHM_HEADER_BYTES)
+        return POOL_BAD_SLAB;
+    void *base = map_anew(set->slab, size);
+    if (base == MAP_FAILED)
         return POOL_ERRNO;
-    return pool_join(pool);
+    if ((*why = slab_open(&pool->slab, base, size)) != SLAB_OK) {
+        munmap(base, size);
+        pool->slab.header = NULL;
+        return POOL_BAD_SLAB;
+    }
+    if (!is_of_set(&pool->slab, set) || !descriptors_intact(pool))
+        return POOL_LOST_DESCRIPTORS;
+    return make_private(pool) ? begin_part(pool) : POOL_ERRNO;
+}
+
+int pool_answer(struct pool *pool)
+{
+    uint32_t phase = FORK_PARENT;
+    if (!pool->door)
+        return 0;
+    if (SHM_UNLIKELY(!pool_is_settled(pool)))
+        SHM_CAS_SEQ(private, pool->fork->phase, &phase, FORK_READY);
+    if (rendezvous_is_open(pool->door))
+        return 0;
+    return rendezvous_open(pool->door, &pool->shared, pool->fork);
+}
+
+int pool_listen(struct pool *pool, int listener)
+{
+    if (!pool->door && !(pool->door = rendezvous_take()))
+        return ENOMEM;
+    rendezvous_close(pool->door);
+    int before = pool->shared.listener;
+    pool->shared.listener = listener;
+    int error = pool_answer(pool);
+    if (error)
+        pool->shared.listener = before;
+    else if (before >= 0)
+        close(before);
+    return error;
 }
 
 void pool_release_descriptors(struct pool *pool)
 {
-    for (uint32_t i = 0; pool->mailboxes && i < pool->slab.layout.max_slots; i++)
+    if (pool->door)
+        rendezvous_close(pool->door);
+    for (uint32_t i = 0; pool->mailboxes && i < pool->shared.count; i++)
         if (pool->mailboxes[i] >= 0) {
             close(pool->mailboxes[i]);
             pool->mailboxes[i] = -1;
         }
+    if (pool->seat)
+        pool->seat->slab_fd = -1;
     if (pool->slab_fd >= 0)
         close(pool->slab_fd);
     pool->slab_fd = -1;
+    if (pool->shared.listener >= 0)
+        close(pool->shared.listener);
+    pool->shared.listener = -1;
     int spare = atomic_exchange(&pool->spare_fd, -1);
     if (spare > 0)
         close(spare);
@@ -116,8 +199,9 @@ void pool_free(struct pool *pool)
     int error = errno;
     pool_release_descriptors(pool);
     free(pool->mailboxes);
-    free(pool->inodes);
     free(pool->entries);
+    if (pool->door)
+        rendezvous_give_back(pool->door);
     if (pool->seat)
         seat_give_back(pool->seat);
     if (pool->fork)
@@ -125,7 +209,7 @@ void pool_free(struct pool *pool)
     if (pool->slab.header)
         munmap(pool->slab.header, pool->slab.layout.total_size);
     memset(pool, 0, sizeof *pool);
-    pool->slab_fd = -1;
+    pool->slab_fd = pool->shared.listener = -1;
     errno = error;
 }
 
@@ -167,7 +251,9 @@ static enum pool_verdict register_anew(struct pool *pool)
     atomic_store_explicit(&pool->recovering, false, memory_order_relaxed);
     if (!descriptors_intact(pool))
         return POOL_LOST_DESCRIPTORS;
-    seat_close(pool->seat); /* a child made without libc's fork() still has its parent's */
+    seat_close(pool->seat); /* a child made without libc's fork() still has its parent's, */
+    if (pool->door)
+        rendezvous_close(pool->door); /* and thinks that its parent's thread is its own */
     int error = seat_open(pool->seat, pool->slab_fd);
     if (error) {
         errno = error;
@@ -192,7 +278,7 @@ enum pool_verdict pool_join(struct pool *pool)
             SHM_STORE_RELEASE(private, pool->fork->phase, verdict == POOL_OK ? FORK_READY : FORK_WIPED);
             return verdict;
         }
-        if (phase == FORK_READY)
+        if (phase >= FORK_READY)
             return POOL_OK;
         sched_yield(); /* another thread of this process is registering */
     }
@@ -211,8 +297,11 @@ bool pool_holds_any(struct pool *pool)
 void pool_leave(struct pool *pool)
 {
     uint32_t phase = FORK_READY;
-    if (!SHM_CAS_SEQ(private, pool->fork->phase, &phase, FORK_CHANGING))
-        return; /* not registered, or a fork of one that was */
+    if (pool->door)
+        rendezvous_close(pool->door);
+    while (!SHM_CAS_SEQ(private, pool->fork->phase, &phase, FORK_CHANGING))
+        if (phase < FORK_READY)
+            return; /* not registered, or a fork of one that was */
     while (atomic_exchange_explicit(&pool->recovering, true, memory_order_acquire))
         sched_yield(); /* a thread of ours sweeps with the seat that we are about to close */
     recovery_sweep_own(pool);

@@ -14,8 +14,10 @@
 #ifndef SHMPOOL_POOL_H
 #define SHMPOOL_POOL_H
 
+#include "descriptors.h"
 #include "local_cache.h"
 #include "mailbox.h"
+#include "rendezvous.h"
 #include "slot.h"
 #include "stats.h"
 #include "waiter.h"
@@ -47,8 +49,10 @@ struct pool {
     struct pool_options options;
     struct entry *entries;
     int *mailboxes;
-    uint64_t *inodes; /* of the slab's descriptor and of each mailbox: they may be closed and reused behind our back */
+    uint64_t slab_inode; /* slab_fd may be closed and reused behind our back; 0: not looked at */
     int slab_fd;
+    struct descriptors shared; /* slab_fd, listener and mailboxes, for newcomers; owns the listener alone */
+    struct rendezvous *door;   /* answers newcomers of a pool with a listener; else NULL */
     _Atomic(int) spare_fd; /* given up for a moment when a letter must be read and no descriptor is left */
     uint32_t pid;
     struct seat *seat;
@@ -60,11 +64,19 @@ struct pool {
     struct local_cache cache;
 };
 
-enum pool_verdict { POOL_OK, POOL_ERRNO, POOL_NO_WORKER, POOL_LOST_DESCRIPTORS };
+enum pool_verdict { POOL_OK, POOL_ERRNO, POOL_NO_WORKER, POOL_LOST_DESCRIPTORS, POOL_BAD_SLAB };
 
-/* Map `size` bytes of `slab_fd` (the handle takes the descriptor over) and format a new slab there. errno on POOL_ERRNO. */
-enum pool_verdict pool_create(struct pool *pool, int slab_fd, const struct slab_layout *layout,
+/* Format a new slab in the file `slab_fd` and join it. `listener`: a listening socket for newcomers, or -1. The handle takes both
+ * descriptors over, unless this fails. errno on POOL_ERRNO. After any failure: pool_free. */
+enum pool_verdict pool_create(struct pool *pool, int slab_fd, int listener, const struct slab_layout *layout,
                               const struct slab_identity *who, const struct pool_options *options);
+/* Join the pool whose descriptors another process sent; takes the set over, whatever happens. POOL_BAD_SLAB: *why is not SLAB_OK, or the
+ * set is not that of the slab (POOL_LOST_DESCRIPTORS). After any failure: pool_free. */
+enum pool_verdict pool_attach(struct pool *pool, struct descriptors *set, const struct pool_options *options, enum slab_verdict *why);
+/* Answer newcomers, if this pool has a listener and nobody in this process does yet. 0 or errno. */
+int pool_answer(struct pool *pool);
+/* Give the pool another listener, in place of the one it has, and answer there. 0: the pool owns it; or errno. */
+int pool_listen(struct pool *pool, int listener);
 /* Register this process (also the first time in a forked child). Cheap when done already. POOL_LOST_DESCRIPTORS: this process has
  * closed the pool's descriptors (a daemon that closes all), so it cannot take part. */
 enum pool_verdict pool_join(struct pool *pool);
@@ -79,6 +91,11 @@ void pool_release_descriptors(struct pool *pool);
 void pool_free(struct pool *pool);
 
 static inline bool pool_joined(const struct pool *pool)
+{
+    return SHM_LIKELY(SHM_LOAD_ACQUIRE(private, pool->fork->phase) >= FORK_READY);
+}
+/* Joined, and nothing is due beside the lease. */
+static inline bool pool_is_settled(const struct pool *pool)
 {
     return SHM_LIKELY(SHM_LOAD_ACQUIRE(private, pool->fork->phase) == FORK_READY);
 }

@@ -84,6 +84,7 @@ void slab_format_new(struct slab *slab, void *base, const struct slab_layout *la
     copy_text(header->name, sizeof header->name, who->name);
     copy_text(header->target, sizeof header->target, who->target);
     copy_text(header->config, sizeof header->config, who->config);
+    copy_text(header->rendezvous, sizeof header->rendezvous, who->rendezvous);
     SHM_STORE(hint, header->next_connection, 1);
     SHM_STORE(hint, header->next_ticket, 1);
     SHM_STORE(hint, header->state, SHM_POOL_OPEN);
@@ -121,7 +122,7 @@ enum slab_verdict slab_open(struct slab *slab, void *base, uint64_t size)
         layout.total_size != header->total_size || layout.total_size != size)
         return SLAB_BAD_SIZES;
     if (!text_ends(header->name, sizeof header->name) || !text_ends(header->target, sizeof header->target) ||
-        !text_ends(header->config, sizeof header->config))
+        !text_ends(header->config, sizeof header->config) || !text_ends(header->rendezvous, sizeof header->rendezvous))
         return SLAB_BAD_TEXT;
     uint32_t state = SHM_LOAD(hint, header->state);
     if (state != SHM_POOL_OPEN && state != SHM_POOL_CLOSED)

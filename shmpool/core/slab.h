@@ -43,6 +43,7 @@ enum {
     SHM_NAME_BYTES = 72,
     SHM_TARGET_BYTES = 256,
     SHM_CONFIG_BYTES = 2048,
+    SHM_RENDEZVOUS_BYTES = 512,
     SHM_HIST_SUB_BITS = 5,                      /* 32 buckets per octave: a bucket is at most 3.1 % wide */
     SHM_HIST_FIRST_OCTAVE = 6,                  /* 64 ns */
     SHM_HIST_OCTAVES = 31,                      /* up to 137 s */
@@ -54,7 +55,7 @@ enum bucket { BUCKET_TCP4, BUCKET_TCP6, BUCKET_UDP4, BUCKET_UDP6, BUCKET_UNIX };
 _Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list");
 
 #define SHM_MAGIC UINT64_C(0x6c6f6f706d687301) /* "\x01shmpool" */
-#define SHM_VERSION UINT32_C(1)
+#define SHM_VERSION UINT32_C(2)
 #define SHM_NO_WORKER UINT32_C(0) /* worker numbers in words are index + 1 */
 
 /* ---- counters: one list yields the enum, the names, the Python side and the table in docs/design.md ---- */
@@ -129,7 +130,9 @@ struct header_shm {
     char name[SHM_NAME_BYTES];
     char target[SHM_TARGET_BYTES];
     char config[SHM_CONFIG_BYTES];
-    uint8_t padding_b[1520];
+    char rendezvous[SHM_RENDEZVOUS_BYTES]; /* path of the socket where newcomers ask; empty: there is none */
+    uint64_t listener_inode; /* which socket that is; 0: there is none */
+    uint8_t padding_b[1000];
 
     /* read by every get() and release(): the waiter summary and, in bit 63, "look at `state` first" */
     _Alignas(64) a64_shm summary;
@@ -192,7 +195,8 @@ struct slot_shm {
     a64_shm created_ns;          /* CLOCK_MONOTONIC; by the dialler */
     a64_shm created_realtime_ns; /* by the dialler */
     a64_shm peer[3];             /* address and port: slot_peer; by the dialler */
-    uint8_t padding_b[24];
+    uint64_t mailbox_inode;      /* which socket is this slot's mailbox; written before publication, then never again */
+    uint8_t padding_b[16];
 };
 
 enum { SHM_KIND_PRIVATE = 1 << 8 /* only private_owner can use it */, SHM_KIND_UNMAILED = 1 << 9 /* no letter: ends at its release */ };
@@ -234,7 +238,7 @@ struct slab_identity {
     const uint8_t *id;
     uint64_t created_realtime_ns;
     uint32_t uid, pid;
-    const char *name, *target, *config;
+    const char *name, *target, *config, *rendezvous;
 };
 
 enum slab_verdict { SLAB_OK, SLAB_TOO_SMALL, SLAB_NO_MAGIC, SLAB_FOREIGN_VERSION, SLAB_FOREIGN_FORMAT, SLAB_BAD_SIZES,

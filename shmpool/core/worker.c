@@ -52,11 +52,15 @@ struct seat *seat_take(void)
         return NULL;
     atomic_init(&seat->fd, -1);
     atomic_init(&seat->taken, true);
+    seat->slab_fd = -1;
+    seat->path[0] = '\0';
     seat->next = atomic_load(&seats);
     while (!atomic_compare_exchange_weak(&seats, &seat->next, seat))
         ;
     return seat;
 }
+
+struct seat *seat_first(void) { return atomic_load_explicit(&seats, memory_order_acquire); }
 
 int file_open_anew(int slab_fd)
 {
@@ -94,6 +98,7 @@ void seat_close(struct seat *seat)
 void seat_give_back(struct seat *seat)
 {
     seat_close(seat);
+    seat->slab_fd = -1;
     atomic_store(&seat->taken, false);
 }
 

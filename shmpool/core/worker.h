@@ -25,21 +25,28 @@
 #include "slab.h"
 
 #define SHM_FAMILY_BYTE (INT64_C(1) << 20)
+#define SHM_REMOVER_BYTE (SHM_FAMILY_BYTE + 1) /* segment.h */
+enum { SHM_PATH_BYTES = 160 }; /* of a segment's path */
 
 /* A descriptor that a forked child must close. Nodes are never freed: the atfork handler may walk them at any moment. */
 struct seat {
     _Atomic(int) fd; /* -1: none */
     struct seat *next;
     atomic_bool taken;
+    int slab_fd; /* of the handle that has the seat, and where the segment is: for exit() alone (segment.c); -1, "" */
+    char path[SHM_PATH_BYTES];
 };
 
-enum fork_phase { FORK_WIPED = 0, FORK_CHANGING = 1, FORK_READY = 2 };
+/* FORK_PARENT: ready as well, but this process has forked since it last answered newcomers, and should begin again (rendezvous.h) */
+enum fork_phase { FORK_WIPED = 0, FORK_CHANGING = 1, FORK_READY = 2, FORK_PARENT = 3 };
 struct fork_page {
     a32_shm phase;
 };
 
 /* One seat node out of the process-wide list; NULL without memory. */
 struct seat *seat_take(void);
+/* The list, from its begin to NULL by `next`; nodes stay for ever. */
+struct seat *seat_first(void);
 /* Open the file of `slab_fd` anew: a description of its own; -1 (errno). */
 int file_open_anew(int slab_fd);
 /* The same, into the seat; 0 or errno. */

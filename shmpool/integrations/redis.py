@@ -473,7 +473,8 @@ class ConnectionPool(RedisConnectionPool):
     - `timeout` (s), of redis-py's `BlockingConnectionPool`, is `get_timeout`; `socket_connect_timeout` is
       `connection_timeout`.
 
-    Make it before the fork; children need no call, nor does it matter where clients are made. A connection that was
+    Make it before the fork, or with a `name` in every process; forked children need no call, nor does it matter where
+    clients are made. It pickles into children that are spawned. A connection that was
     used within `alive_bypass` (0.5 s) is not looked at before it is lent; give 0 to look each time, as redis-py does.
 
     Raises `InvalidConfig` for settings that cannot be used.
@@ -508,8 +509,13 @@ class ConnectionPool(RedisConnectionPool):
         SharedConnection(**options)  # an option that redis-py refuses is refused before there is a pool
         self._set_up(Pool(dial=dialer, **pool_settings), options)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as its Pool does, with the options of its connections."""
+        return _unpickled, (type(self), self._pool, self._options)
+
     def _set_up(self, pool: Pool, options: dict[str, Any]) -> None:
         self._pool = pool
+        self._options = options
         self._get = pool.get
         self._ref = weakref.ref(self)
         self._lend_from = 0.0  # unix s: this process uses no connection older than this; 0: any
@@ -660,10 +666,10 @@ class ConnectionPool(RedisConnectionPool):
                 connection._marked_by = "disconnect() of the pool"
 
     def close(self) -> None:
-        """In the process that made this pool: close it for all processes. Elsewhere, or around a `Pool` that was
-        given: `disconnect()`."""
+        """In the process that made this object: close the pool for all processes, or, if it has a `name`, leave it to
+        the others. Elsewhere, or around a `Pool` that was given: `disconnect()`."""
         if self._owns_pool and os.getpid() == self._creator_pid:
-            self._pool.close()
+            self._pool.__exit__(None, None, None)
         else:
             self.disconnect()
 
@@ -698,6 +704,14 @@ class ConnectionPool(RedisConnectionPool):
 
     def _get_in_use_connections(self) -> set[SharedConnection]:
         return {each for each in list(self._objects) if each._is_leased()}
+
+
+def _unpickled(kind: type[_P], pool: Pool, options: dict[str, Any]) -> _P:
+    made = kind.__new__(kind)
+    made._creator_pid = os.getpid()
+    made._owns_pool = False
+    made._set_up(pool, options)
+    return made
 
 
 # Settings -----------------------------------------------------------------------------------------------------------

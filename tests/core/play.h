@@ -36,7 +36,7 @@ PLAY struct pool *play_founder;
 PLAY struct slab_identity play_identity(void)
 {
     static uint8_t id[16] = "a slab of a test";
-    return (struct slab_identity){id, 1, 1000, 2000, "check", "tcp://test:1", "{}"};
+    return (struct slab_identity){id, 1, 1000, 2000, "check", "tcp://test:1", "{}", ""};
 }
 
 PLAY struct pool_options play_options(uint32_t cache)
@@ -61,7 +61,7 @@ PLAY struct pool *play_found(uint32_t slots, uint32_t workers, uint32_t waiters,
     struct pool_options options = play_options(cache);
     struct pool *pool = calloc(1, sizeof *pool);
     CHECK(pool && slab_layout(&layout, slots, workers, waiters));
-    CHECK_EQ(pool_create(pool, play_memory(layout.total_size), &layout, &who, &options), POOL_OK);
+    CHECK_EQ(pool_create(pool, play_memory(layout.total_size), -1, &layout, &who, &options), POOL_OK);
     return play_founder = pool;
 }
 
@@ -75,6 +75,8 @@ PLAY struct pool *play_attach(const struct pool *first)
     pool->options = first->options;
     pool->cache.size = first->cache.size;
     pool->slab_fd = dup(first->slab_fd);
+    pool->shared.listener = -1;
+    pool->shared.count = slots;
     void *base = play_one_mapping ? first->slab.header : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, pool->slab_fd, 0);
     CHECK(base != MAP_FAILED);
     CHECK_EQ(slab_open(&pool->slab, base, size), SLAB_OK);

@@ -1,7 +1,11 @@
-/* test_pool.c: the order of a get, the ends of leases and connections, and closing. */
+/* test_pool.c: the order of a get, the ends of leases and connections, closing, joining by a set that was sent. */
 #include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
 
 #include "play.h"
+#include "sets.h"
 
 static struct pool *pool, *other;
 
@@ -427,8 +431,408 @@ static void no_descriptor_leaks(void)
     CHECK_EQ(after, before);
 }
 
+/* ---- joining by descriptors that were sent ---- */
+
+enum { SLOTS = 3 };
+
+static struct sockaddr_un newcomers_address;
+static socklen_t newcomers_address_size;
+
+/* A pool on which newcomers can ask. */
+static struct pool *found_listening(void)
+{
+    struct slab_layout layout;
+    struct slab_identity who = play_identity();
+    struct pool_options options = play_options(1);
+    struct pool *founded = calloc(1, sizeof *founded);
+    int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    struct sockaddr_un any = {.sun_family = AF_UNIX};
+    newcomers_address_size = sizeof newcomers_address;
+    CHECK(founded && listener >= 0 && bind(listener, (struct sockaddr *)&any, sizeof any.sun_family) == 0);
+    CHECK(getsockname(listener, (struct sockaddr *)&newcomers_address, &newcomers_address_size) == 0);
+    CHECK(listen(listener, 100) == 0 && slab_layout(&layout, SLOTS, 3, 8));
+    CHECK_EQ(pool_create(founded, play_memory(layout.total_size), listener, &layout, &who, &options), POOL_OK);
+    return founded;
+}
+
+/* What `from` would send; the slab's file by a description of its own, so that no lock of the sender's comes along. */
+static struct descriptors set_of(const struct pool *from)
+{
+    struct descriptors set = from->shared;
+    set.slab = file_open_anew(from->slab_fd);
+    set.listener = set.listener < 0 ? -1 : dup(set.listener);
+    set.mailboxes = malloc(set.count * sizeof *set.mailboxes);
+    CHECK(set.slab >= 0 && set.mailboxes);
+    for (uint32_t i = 0; i < set.count; i++)
+        CHECK((set.mailboxes[i] = dup(from->mailboxes[i])) >= 0);
+    return set;
+}
+
+static struct pool *attach(struct descriptors set)
+{
+    enum slab_verdict why;
+    struct pool_options options = play_options(1);
+    struct pool *attached = calloc(1, sizeof *attached);
+    CHECK(attached);
+    CHECK_EQ(pool_attach(attached, &set, &options, &why), POOL_OK);
+    CHECK_EQ(why, SLAB_OK);
+    return attached;
+}
+
+/* The set is taken over, also when it is no good. */
+static enum pool_verdict refused(struct descriptors set, enum slab_verdict *why)
+{
+    struct pool_options options = play_options(1);
+    struct pool attached;
+    enum pool_verdict verdict = pool_attach(&attached, &set, &options, why);
+    int error = errno;
+    CHECK(verdict != POOL_OK);
+    pool_free(&attached);
+    errno = error;
+    return verdict;
+}
+
+static struct descriptors asked(void)
+{
+    struct descriptors set;
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    CHECK(fd >= 0 && connect(fd, (struct sockaddr *)&newcomers_address, newcomers_address_size) == 0);
+    CHECK_EQ(descriptors_receive(fd, &set, SETS_LONG_NS), 0);
+    close(fd);
+    return set;
+}
+
+static void used_by_both(struct pool *one, struct pool *two)
+{
+    int peer;
+    char byte;
+    back(one, dial(one, 4, 0, &peer));
+    struct pool_claim claim = play_lease(two);
+    int fd = play_fetch(two, &claim);
+    CHECK(fd >= 0 && write(fd, "x", 1) == 1 && read(peer, &byte, 1) == 1);
+    CHECK(pool_condemn(two, &claim)); /* ended by one, for all */
+    play_retire(two, &claim, SHM_T_closed_error);
+    CHECK(at_end(peer));
+    close(peer);
+}
+
+static void attached_by_a_set(void)
+{
+    int before = sets_open_descriptors();
+    pool = play_found(SLOTS, 3, 8, 1);
+    other = attach(set_of(pool));
+    CHECK(pool_joined(other) && other->worker != pool->worker && other->slab.header != pool->slab.header);
+    CHECK(!other->door);
+    play_check_workers(pool, 2);
+    used_by_both(pool, other);
+    used_by_both(other, pool);
+    play_lease_all(other);
+    end();
+    CHECK_EQ(sets_open_descriptors(), before);
+}
+
+/* Members answer, also those that came as newcomers, and the founder may go. */
+static void attached_by_asking(void)
+{
+    int before = sets_open_descriptors();
+    pool = found_listening();
+    CHECK(rendezvous_is_open(pool->door));
+    other = attach(asked());
+    used_by_both(pool, other);
+    used_by_both(other, pool);
+    play_leave(pool);
+    pool = attach(asked()); /* by the other */
+    used_by_both(pool, other);
+    pool_leave(other);
+    CHECK(!rendezvous_is_open(other->door)); /* who left sends nobody in */
+    CHECK_EQ(pool_join(other), POOL_OK);
+    CHECK_EQ(pool_answer(other), 0);
+    CHECK_EQ(pool_answer(other), 0);
+    CHECK(rendezvous_is_open(other->door));
+    end();
+    CHECK_EQ(sets_open_descriptors(), before);
+}
+
+/* A child answers for itself once it has joined, however it was made; its parent does not. */
+static void child_answers(pid_t (*make)(void))
+{
+    int told[2], hold[2];
+    char byte;
+    CHECK(pipe(told) == 0 && pipe(hold) == 0);
+    pool = found_listening();
+    fflush(stdout);
+    pid_t child = make();
+    if (!child) {
+        alarm(30);
+        CHECK_EQ(pool_join(pool), POOL_OK);
+        CHECK_EQ(pool_answer(pool), 0);
+        CHECK(write(told[1], "a", 1) == 1);
+        CHECK(read(hold[0], &byte, 1) == 1);
+        pool_leave(pool);
+        _exit(0);
+    }
+    close(told[1]);
+    close(hold[0]);
+    CHECK(read(told[0], &byte, 1) == 1);
+    rendezvous_close(pool->door);
+    other = attach(asked());
+    rendezvous_close(other->door);
+    CHECK(write(hold[1], "e", 1) == 1);
+    sets_expect_exit(child);
+    used_by_both(pool, other);
+    end();
+    close(told[0]);
+    close(hold[1]);
+}
+
+static pid_t raw_fork(void) { return (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL); }
+static void forked_child_answers(void) { child_answers(fork); }
+static void raw_child_answers(void)
+{
+    if (!sets_skip_raw_clone())
+        child_answers(raw_fork);
+}
+
+/* A fork ends the thread; the parent's next use of the pool goes the long way once, and begins it again. */
+static void parent_answers_again(void)
+{
+    pool = found_listening();
+    uint32_t worker = pool->worker, generation = pool->generation;
+    struct pool_claim claim = play_lease(pool);
+    fflush(stdout);
+    for (int i = 0; i < 3; i++) {
+        pid_t child = fork();
+        if (!child)
+            _exit(pool_joined(pool) || atomic_load(&pool->fork->phase) != FORK_WIPED);
+        sets_expect_exit(child);
+        CHECK(atomic_load(&pool->fork->phase) == FORK_PARENT && !rendezvous_is_open(pool->door));
+        CHECK_EQ(pool_join(pool), POOL_OK);
+        CHECK_EQ(pool_answer(pool), 0);
+        CHECK(atomic_load(&pool->fork->phase) == FORK_READY && rendezvous_is_open(pool->door));
+        CHECK(pool->worker == worker && pool->generation == generation);
+        CHECK_EQ(play_state(pool, claim.slot), SLOT_LEASED);
+    }
+    back(pool, claim);
+    other = attach(asked());
+    pid_t child = fork();
+    if (!child)
+        _exit(0);
+    sets_expect_exit(child);
+    pool_leave(other); /* also when it has not begun again */
+    play_check_workers(pool, 1);
+    CHECK_EQ(pool_join(other), POOL_OK);
+    end();
+}
+
+static void swap(int *a, int *b)
+{
+    int kept = *a;
+    *a = *b;
+    *b = kept;
+}
+
+/* A set of which one descriptor is another than the slab says. */
+static void lost(struct descriptors set)
+{
+    enum slab_verdict why;
+    CHECK_EQ(refused(set, &why), POOL_LOST_DESCRIPTORS);
+}
+
+static void sets_with_one_wrong(void)
+{
+    pool = found_listening();
+    int before = sets_open_descriptors();
+    for (uint32_t i = 0; i < SLOTS; i++) {
+        struct descriptors set = set_of(pool);
+        int mailbox = mailbox_new();
+        swap(&mailbox, &set.mailboxes[i]); /* another mailbox */
+        close(mailbox);
+        lost(set);
+        set = set_of(pool);
+        close(set.mailboxes[i]); /* none */
+        set.mailboxes[i] = -1;
+        lost(set);
+        set = set_of(pool);
+        swap(&set.mailboxes[i], &set.mailboxes[(i + 1) % SLOTS]); /* that of another slot */
+        lost(set);
+    }
+    struct descriptors set = set_of(pool);
+    close(set.listener); /* not that listener */
+    set.listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    lost(set);
+    set = set_of(pool);
+    close(set.listener); /* none */
+    set.listener = -1;
+    lost(set);
+    CHECK_EQ(sets_open_descriptors(), before);
+    play_check_workers(pool, 1);
+    play_lease_all(pool);
+    play_leave(pool);
+}
+
+static void sets_of_another_size(void)
+{
+    pool = play_found(SLOTS, 3, 8, 1);
+    int before = sets_open_descriptors();
+    struct descriptors set = set_of(pool);
+    close(set.mailboxes[--set.count]); /* one too few */
+    lost(set);
+    set = set_of(pool);
+    set.mailboxes = realloc(set.mailboxes, (SLOTS + 1) * sizeof *set.mailboxes);
+    CHECK(set.mailboxes);
+    set.mailboxes[set.count++] = mailbox_new(); /* one too many */
+    lost(set);
+    CHECK_EQ(sets_open_descriptors(), before);
+    play_check_workers(pool, 1);
+    play_leave(pool);
+}
+
+/* The slab of one pool with the mailboxes of another; the set of one under the id of another. */
+static void sets_of_another_slab(void)
+{
+    pool = play_found(SLOTS, 3, 8, 1);
+    other = play_found(SLOTS, 3, 8, 1);
+    int before = sets_open_descriptors();
+    struct descriptors ours = set_of(pool), theirs = set_of(other);
+    swap(&ours.slab, &theirs.slab);
+    lost(ours);
+    lost(theirs);
+    ours = set_of(pool);
+    ours.slab_id[15]++;
+    lost(ours);
+    CHECK_EQ(sets_open_descriptors(), before);
+    for (int i = 0; i < 2; i++) {
+        struct pool *one = i ? other : pool;
+        play_check_workers(one, 1);
+        play_leave(one);
+    }
+}
+
+/* A set with that file in place of the slab's. */
+static void bad_slab(int file, enum slab_verdict expected)
+{
+    enum slab_verdict why;
+    struct descriptors set = set_of(pool);
+    CHECK(file >= 0);
+    close(set.slab);
+    set.slab = file;
+    CHECK_EQ(refused(set, &why), POOL_BAD_SLAB);
+    CHECK_EQ(why, expected);
+}
+
+/* A copy of the slab, of that size. */
+static int copy_of_slab(uint64_t size)
+{
+    uint64_t whole = pool->slab.layout.total_size, part = size < whole ? size : whole;
+    int file = play_memory(size);
+    CHECK_EQ(pwrite(file, pool->slab.header, part, 0), part);
+    return file;
+}
+
+static int changed_copy(size_t offset, uint32_t value)
+{
+    int file = copy_of_slab(pool->slab.layout.total_size);
+    CHECK(pwrite(file, &value, sizeof value, (off_t)offset) == sizeof value);
+    return file;
+}
+
+static void slabs_that_are_none(void)
+{
+    pool = play_found(SLOTS, 3, 8, 1);
+    int before = sets_open_descriptors();
+    uint64_t size = pool->slab.layout.total_size;
+    bad_slab(copy_of_slab(size - 4096), SLAB_BAD_SIZES);
+    bad_slab(copy_of_slab(size + 4096), SLAB_BAD_SIZES);
+    bad_slab(copy_of_slab(SHM_HEADER_BYTES), SLAB_TOO_SMALL);
+    bad_slab(copy_of_slab(SHM_HEADER_BYTES - 1), SLAB_TOO_SMALL);
+    bad_slab(play_memory(0), SLAB_TOO_SMALL);
+    bad_slab(play_memory(size), SLAB_NO_MAGIC); /* zeroed */
+    bad_slab(changed_copy(offsetof(struct header_shm, version), SHM_VERSION + 1), SLAB_FOREIGN_VERSION);
+    bad_slab(changed_copy(offsetof(struct header_shm, format), slab_format() + 1), SLAB_FOREIGN_FORMAT);
+    bad_slab(changed_copy(offsetof(struct header_shm, max_slots), SLOTS + 100), SLAB_BAD_SIZES);
+    bad_slab(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0), SLAB_TOO_SMALL);
+    struct descriptors set = set_of(pool);
+    close(set.slab); /* none at all */
+    set.slab = -1;
+    lost(set);
+    CHECK_EQ(sets_open_descriptors(), before);
+    play_check_workers(pool, 1);
+    play_leave(pool);
+}
+
+static void slab_of_another_user(void)
+{
+    if (geteuid()) {
+        printf("  not done: only root can give a file away\n");
+        return;
+    }
+    pool = play_found(SLOTS, 3, 8, 1);
+    int before = sets_open_descriptors();
+    CHECK(fchown(pool->slab_fd, 65534, 65534) == 0);
+    lost(set_of(pool));
+    CHECK(fchown(pool->slab_fd, 0, 0) == 0);
+    other = attach(set_of(pool));
+    play_leave(other);
+    CHECK_EQ(sets_open_descriptors(), before);
+    play_leave(pool);
+}
+
+/* It fails at one descriptor after the other, leaves nothing each time, and in the end there is room enough. */
+static void attached_without_room(void)
+{
+    enum slab_verdict why;
+    struct pool_options options = play_options(1);
+    struct pool attached;
+    pool = found_listening();
+    int before = sets_open_descriptors(), room = 0;
+    for (bool done = false; !done; room++) {
+        struct descriptors set = set_of(pool);
+        sets_leave_room(room);
+        enum pool_verdict verdict = pool_attach(&attached, &set, &options, &why);
+        int error = errno;
+        sets_make_room();
+        done = verdict == POOL_OK;
+        CHECK(done || (verdict == POOL_ERRNO && error == EMFILE));
+        if (done)
+            pool_leave(&attached);
+        pool_free(&attached);
+        CHECK_EQ(sets_open_descriptors(), before);
+    }
+    CHECK(room > 3); /* the map, the seat, the thread */
+    recovery_run(pool, true); /* who had a place already died in it */
+    play_check_workers(pool, 1);
+    play_lease_all(pool);
+    play_leave(pool);
+}
+
+static void attached_without_a_place(void)
+{
+    enum slab_verdict why;
+    pool = play_found(SLOTS, 1, 8, 1);
+    int before = sets_open_descriptors();
+    CHECK_EQ(refused(set_of(pool), &why), POOL_NO_WORKER);
+    CHECK_EQ(sets_open_descriptors(), before);
+    play_leave(pool);
+}
+
+/* Who attached is of the family: while it lives, registered or not, the slab is not among the remains of the dead. */
+static void attached_is_of_the_family(void)
+{
+    pool = play_found(SLOTS, 3, 8, 1);
+    int witness = file_open_anew(pool->slab_fd);
+    other = attach(set_of(pool));
+    play_leave(pool);
+    CHECK(byte_is_locked(witness, SHM_FAMILY_BYTE));
+    pool_leave(other);
+    CHECK(byte_is_locked(witness, SHM_FAMILY_BYTE));
+    play_end(other);
+    CHECK(!byte_is_locked(witness, SHM_FAMILY_BYTE));
+    close(witness);
+}
+
 int main(void)
 {
+    sets_make_room();
     RUN(order_of_a_get);
     RUN(kinds);
     RUN(stale_releases);
@@ -446,4 +850,17 @@ int main(void)
     RUN(promise_returned_after_closing);
     RUN(no_descriptor_leaks);
     RUN(a_given_back_claim_is_stale);
+    RUN(attached_by_a_set);
+    RUN(attached_by_asking);
+    RUN(forked_child_answers);
+    RUN(parent_answers_again);
+    RUN(raw_child_answers);
+    RUN(sets_with_one_wrong);
+    RUN(sets_of_another_size);
+    RUN(sets_of_another_slab);
+    RUN(slabs_that_are_none);
+    RUN(slab_of_another_user);
+    RUN(attached_without_room);
+    RUN(attached_without_a_place);
+    RUN(attached_is_of_the_family);
 }
