@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing
 import os
 import pickle
 import random
@@ -50,6 +49,7 @@ from .errors import (
     PoolTimeout,
     PoolUnreachable,
     SlabCorrupt,
+    SlabVersionMismatch,
 )
 from .stats import PoolStats
 
@@ -139,7 +139,7 @@ class Pool(_core.PoolBase):
     it to the others.
     """
 
-    __slots__ = ("__weakref__", "_config", "_name", "_own_socket", "_target")
+    __slots__ = ("__weakref__", "_config", "_name", "_own_sockets", "_target")
 
     def __init__(self, target: str | None = None, *, config: PoolConfig | None = None, **settings: Any) -> None:
         if config is None:
@@ -152,6 +152,8 @@ class Pool(_core.PoolBase):
             given = ", ".join(["target"] * (target is not None) + sorted(settings))
             remedy = f"give it alone, without {given}; config.replace(...) changes single settings"
             raise InvalidConfig(field="config", value=config, remedy=remedy)
+        if self._identity()[0]:
+            raise RuntimeError(f"{self!r} is made already")
         self._take(config)
         if config.name is None:
             slab.reap()
@@ -168,7 +170,7 @@ class Pool(_core.PoolBase):
         self._config = config
         self._target = Target.parse(config.target) if config.target is not None else None
         self._name = config.name or f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._own_socket = (0, "")  # (process, path) of `_listen`
+        self._own_sockets: dict[int, str] = {}  # by process: path, see `_listen`
         _reserve_descriptors(config.max_connections)
 
     # ---- how a process comes by a pool ------------------------------------------------------------------------------
@@ -177,8 +179,13 @@ class Pool(_core.PoolBase):
         """Exactly one of all processes that want the name creates; what we met may have ended before we joined it."""
         deadline = time.monotonic() + JOIN_TIMEOUT_S
         while True:
-            with contextlib.suppress(PoolNotFound):
+            try:
                 return self._join(deadline)
+            except PoolNotFound:
+                pass
+            except (SlabCorrupt, SlabVersionMismatch):
+                if not slab.remove_remains(self._name):  # somebody's, or no slab at all
+                    raise
             slab.reap()
             try:
                 return self._create_slab()
@@ -194,25 +201,28 @@ class Pool(_core.PoolBase):
         slab_id = os.urandom(16)
         fd, path = slab.create(size)
         listener, socket_path = -1, ""
-        made = False
+        handed_over = False
         try:
             if config.name is not None:
                 listener, socket_path = rendezvous.listen(slab_id)
             target = (self._target.text if self._target else _name_of(config.dial))[:255]
             born = (slab_id, time.time(), os.getuid(), self._name, target, config.to_json(), socket_path)
-            self._create(fd, listener, capacities, born, self._settings())
-            made = True
+            settings = self._settings()
+            handed_over = True
+            self._create(fd, listener, capacities, born, settings)
             slab.publish(path, self._name)
             self._note_path(slab.path_of(self._name))
         except BaseException:
-            if made:
-                self._unmake()
-            else:
+            if not handed_over:
                 os.close(fd)
                 if listener >= 0:
                     os.close(listener)
-            rendezvous.remove(socket_path)
-            os.unlink(path)
+            self._unmake()
+            try:
+                os.unlink(path)
+                rendezvous.remove(socket_path)
+            except FileNotFoundError:  # it was published before the interrupt came, and others may have joined
+                slab.remove_remains(self._name)
             raise
 
     def _settings(self) -> tuple[Any, ...]:
@@ -244,8 +254,7 @@ class Pool(_core.PoolBase):
                     slab.remove_own(self._name, slab_id)
                 if not view.in_use() or not is_open:
                     raise PoolNotFound(name=self._name)
-                if wrong := self._config.disagreements(theirs):
-                    raise InvalidConfig.many(wrong)
+                self._agree(theirs)
                 problem = self._join_by(view, slab_id, its_path or path, patience)
                 if problem is None:
                     return
@@ -256,34 +265,46 @@ class Pool(_core.PoolBase):
             time.sleep(_JOIN_PAUSE_S)
             patience = min(patience * 2, _LONGEST_PATIENCE_S)
 
+    def _agree(self, theirs: str) -> None:
+        try:
+            wrong = self._config.disagreements(theirs)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise SlabCorrupt(name=self._name, detail=f"its settings cannot be read: {error}") from error
+        if wrong:
+            raise InvalidConfig.many(wrong)
+
     def _join_by(self, view: _core.SlabView, slab_id: bytes, path: str, patience: float) -> Exception | None:
         """Ask whoever listens at `path`, else copy what some member has; what went wrong, None: nothing."""
-        problem: Exception | None = None
+        for pool in pools():
+            if pool._identity()[0] == slab_id:
+                with contextlib.suppress(PoolError):
+                    pool._answer(-1)  # this process may be the only one awake
+        try:
+            with rendezvous.ask(path) as sock:
+                self._attached(lambda: self._attach(sock.fileno(), patience, slab_id, self._settings()))
+            return None
+        except (OSError, LookupError) as error:
+            problem = error
         fd = slab.open_checked(self._name, writable=True)
         try:
-            ways: tuple[Callable[[], socket.socket], ...]
-            ways = (lambda: rendezvous.ask(path), lambda: rendezvous.take(view, fd, slab.path_of(self._name)))
-            for way in ways:
-                try:
-                    with way() as sock:
-                        self._receive(sock, slab_id, patience)
+            for pid, theirs, listens in rendezvous.holders(view):
+                with contextlib.suppress(OSError, LookupError):
+                    self._copy(fd, slab_id, pid, theirs, listens)
                     return None
-                except (OSError, LookupError) as error:
-                    problem = problem or error
         finally:
             os.close(fd)
         return problem
 
-    def _receive(self, sock: socket.socket, slab_id: bytes, patience: float) -> None:
-        """Join with the descriptors that arrive over `sock` within `patience` seconds.
+    def _copy(self, fd: int, slab_id: bytes, pid: int, theirs: list[int], listens: bool) -> None:
+        rendezvous.hold(fd, slab.path_of(self._name))
+        self._attached(lambda: self._attach_copies(pid, fd, slab_id, theirs, listens, self._settings()))
 
-        Raises OSError when they do not, LookupError when they are not those of the slab.
-        """
+    def _attached(self, attach: Callable[[], None]) -> None:
+        """Raises OSError when the descriptors do not come whole, LookupError when they are not those of the slab."""
         try:
-            self._attach(sock.fileno(), patience, slab_id, self._settings())
+            attach()
         except IndexError:
-            limit = self._config.max_workers
-            raise PoolExhausted(reason=_WORKER_LIMIT, limit=limit) from None
+            raise PoolExhausted(reason=_WORKER_LIMIT, limit=self._config.max_workers) from None
         except ValueError as error:
             raise SlabCorrupt(name=self._name, detail=str(error.args[0])) from None
         self._note_path(slab.path_of(self._name))
@@ -363,8 +384,7 @@ class Pool(_core.PoolBase):
         slab.remove_remains(self._name)
 
     def _remove_own_socket(self) -> None:
-        pid, path = self._own_socket
-        if pid == os.getpid():
+        if path := self._own_sockets.pop(os.getpid(), ""):
             rendezvous.remove(path)
 
     def __enter__(self) -> Pool:
@@ -399,16 +419,21 @@ class Pool(_core.PoolBase):
 
     def _listen(self) -> str:
         """Where this process answers newcomers of a pool without a name; it begins to when it first pickles it."""
-        if self._own_socket[0] != os.getpid():
-            listener, path = rendezvous.listen(self._identity()[0], secrets.token_hex(4))
-            try:
-                self._answer(listener)
-            except BaseException:
-                os.close(listener)
-                rendezvous.remove(path)
-                raise
-            self._own_socket = (os.getpid(), path)
-        return self._own_socket[1]
+        if path := self._own_sockets.get(os.getpid()):
+            return path
+        listener, path = rendezvous.listen(self._identity()[0], secrets.token_hex(4))
+        first = self._own_sockets.setdefault(os.getpid(), path)
+        if first != path:  # another thread's
+            os.close(listener)
+            rendezvous.remove(path)
+            return first
+        try:
+            self._answer(listener)
+        except BaseException:
+            del self._own_sockets[os.getpid()]
+            rendezvous.remove(path)
+            raise
+        return path
 
     def __copy__(self) -> Pool:
         return self
@@ -757,25 +782,26 @@ def _check_picklable(setting: str, value: Any) -> None:
 # ---- the end of a process --------------------------------------------------------------------------------------------
 
 
-@atexit.register
-def _leave_at_exit() -> None:
-    # multiprocessing joins its children at exit as well, but later: one that is being spawned may yet have to join us.
-    for child in multiprocessing.active_children():
-        if not child.daemon:
-            with contextlib.suppress(AssertionError):  # a child of the process that we were forked from
-                child.join()
-    _leave_all()
-
-
 def _leave_all() -> None:
     for pool in _known():
         pool.leave()
 
 
 def _leave_with_multiprocessing(_: object = None) -> None:
-    """Children of multiprocessing end without atexit; they run these, the negative ones after their own children."""
+    """multiprocessing joins its children at exit; one that is being spawned may yet have to ask us for the pool. So we
+    leave after that: its finalizers of negative priority come last. (Its own children run these, and no atexit.)"""
+    global _leaving_pid
+    _leaving_pid = os.getpid()
     util.Finalize(None, _leave_all, exitpriority=-100)
 
 
+@atexit.register
+def _leave_at_exit() -> None:
+    if _leaving_pid != os.getpid():  # forked behind Python's back, so that the finalizer is another process's
+        _leave_all()
+
+
+_leaving_pid = 0
 _leave_with_multiprocessing()
+os.register_at_fork(after_in_child=_leave_with_multiprocessing)
 util.register_after_fork(Pool, _leave_with_multiprocessing)  # its forked children forget what was registered before

@@ -4,12 +4,13 @@
              -> nobody answers: out of a living member's own table, where the kernel lets us   (pidfd_getfd)
 
 Each named pool has one listening socket, which all its members hold: `<directory>/<slab id>` with mode 0600, in a
-directory of this user alone: `$XDG_RUNTIME_DIR/shmpool`, or `shmpool-<uid>` in the directory for temporary files when
+directory of this user alone: `$XDG_RUNTIME_DIR/shmpool`, or `shmpool-<uid>.d` beside the segments, in /dev/shm, when
 there is no such variable or it does not name a directory of this user's. Its path stands in the slab, so that processes
 with another environment find it. (A pool without a name gets one when a process first pickles it, `<slab id>.<random>`;
 its path travels with the pickle.) The kernel says on both sides who the other one is; another user is refused.
 
-`ask()` and `take()` give a socket over which the descriptors arrive; `PoolBase._attach` receives them.
+`ask()` gives a socket over which the descriptors arrive; `PoolBase._attach` receives them. `holders()` says who has
+which; `PoolBase._attach_copies` copies them.
 
 Not here: the thread (core/rendezvous.c), joining (pool), the segment (slab).
 """
@@ -23,7 +24,6 @@ import secrets
 import socket
 import stat
 import struct
-import tempfile
 import time
 from collections.abc import Iterator
 
@@ -45,7 +45,7 @@ def directory() -> str:
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if base and os.path.isabs(base) and _is_ours(base):
         return os.path.join(base, "shmpool")
-    return os.path.join(tempfile.gettempdir(), f"shmpool-{os.getuid()}")
+    return f"/dev/shm/shmpool-{os.getuid()}.d"  # who can see the segment sees this too, whatever /tmp is there
 
 
 def _is_ours(path: str) -> bool:
@@ -59,6 +59,8 @@ def _is_ours(path: str) -> bool:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[str]:
     """A name by which the directory can be reached, however long its path is, after a look at whose it is."""
+    if os.path.islink(path):  # O_NOFOLLOW refuses it as well, but says only that it is no directory
+        raise NotADirectoryError(f"{path} is a symbolic link, not a directory")
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
@@ -184,75 +186,39 @@ def _age(path: str) -> float:
         return 0.0
 
 
-# Taking them --------------------------------------------------------------------------------------------------------
+# Without an answer --------------------------------------------------------------------------------------------------
 
 
-def take(view: _core.SlabView, slab: int, path: str) -> socket.socket:
-    """The same as `ask`, but the descriptors are copied out of a member that does not answer (it is stopped, or has
-    forked and not used the pool since). `slab` is a descriptor of the segment, whose name is `path`.
+def holders(view: _core.SlabView) -> Iterator[tuple[int, list[int], bool]]:
+    """Processes that have all descriptors of the pool: (pid, their numbers there: mailboxes, listener; is there one).
 
-    Raises OSError when no process can be copied from: there is none, or the kernel does not allow it (Yama, seccomp).
+    Registered members first, then any process of this user: it may have forked and not used the pool since.
     """
-    slab_id, _, _, _, listener, _, _ = view.identity()
-    mailboxes = view.mailboxes()
+    _, _, _, _, listener, _, _ = view.identity()
+    wanted = [*view.mailboxes(), *([listener] if listener else [])]
     members = view.workers()
-    problem: OSError = ProcessLookupError("no process has its descriptors")
     for pid in [*members, *(pid for pid in _processes() if pid not in members)]:
-        try:
-            sock = _take_from(pid, slab_id, slab, mailboxes, listener)
-        except PermissionError as error:
-            problem = error
-        except OSError:  # it has ended meanwhile
-            continue
-        else:
-            if sock is not None:
-                return _held(sock, slab, path)
-    raise problem
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or may not be looked at
+            places = _sockets_of(pid)
+            if all(inode in places for inode in wanted):
+                yield pid, [places[inode] for inode in wanted], bool(listener)
 
 
-def _held(sock: socket.socket, slab: int, path: str) -> socket.socket:
-    """The member that was copied from may have been the last one, and may have left meanwhile, and the name with it. It
-    cannot go any more once we hold the family's byte (core/segment.h)."""
-    try:
-        _core.family_join(slab)
-        if not os.path.samestat(os.stat(path), os.fstat(slab)):
-            raise FileNotFoundError(f"{path} has been replaced")
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+def hold(slab: int, path: str) -> None:
+    """Hold the segment before its descriptors are used: the member that was copied from may have been the last one, and
+    may have left meanwhile, and the name with it. It cannot go any more once we hold the family's byte
+    (core/segment.h). Raises FileNotFoundError when it has gone."""
+    _core.family_join(slab)
+    if not os.path.samestat(os.stat(path), os.fstat(slab)):
+        raise FileNotFoundError(f"{path} has been replaced")
 
 
 def _processes() -> Iterator[int]:
     for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
+        if name.isdigit():
             with contextlib.suppress(OSError):
                 if os.stat(f"/proc/{name}").st_uid == os.geteuid():
                     yield int(name)
-
-
-def _take_from(pid: int, slab_id: bytes, slab: int, mailboxes: list[int], listener: int) -> socket.socket | None:
-    places = _sockets_of(pid)
-    wanted = [*mailboxes, *([listener] if listener else [])]
-    if not all(inode in places for inode in wanted):
-        return None
-    copies: list[int] = []
-    process = os.pidfd_open(pid)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        for inode in wanted:
-            copies.append(_core.pidfd_getfd(process, places[inode]))
-        count = len(mailboxes)
-        _core.send_descriptors(theirs.fileno(), slab_id, slab, copies[-1] if listener else -1, copies[:count])
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-        os.close(process)
-        for copy in copies:
-            os.close(copy)
-    return ours
 
 
 def _sockets_of(pid: int) -> dict[int, int]:

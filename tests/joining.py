@@ -36,6 +36,7 @@ from tests.servers import exclusive_use
 
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
+PIDFD_GETFD = 438  # the system call, on every architecture that we run on
 Way = Literal["fork", "forkserver", "spawn", "execute"]
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _MAIN = "import sys; from tests.joining import main; main(int(sys.argv[1]))"
@@ -554,10 +555,8 @@ def can_copy_descriptors() -> bool:
     with Family() as family:
         child = family.fork(signal.pause)
         pidfd = os.pidfd_open(child.pid)
-        try:
-            os.close(shmpool._core.pidfd_getfd(pidfd, 0))
-        except OSError:
-            return False
-        finally:
-            os.close(pidfd)
-    return True
+        copy = int(ctypes.CDLL(None).syscall(PIDFD_GETFD, pidfd, 0, 0))
+        os.close(pidfd)
+        if copy >= 0:
+            os.close(copy)
+    return copy >= 0

@@ -426,7 +426,7 @@ MUTANTS = [
         "a child keeps the descriptors of its parent's thread",
         "rendezvous.c",
         "    close_descriptors(door);\n    atomic_store",
-        "    door->stop = door->events = -1;\n    atomic_store",
+        "    forget_descriptors(door);\n    atomic_store",
         "test_rendezvous",
     ),
     Mutant(

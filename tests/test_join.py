@@ -114,12 +114,10 @@ def settings(server: ExclusiveServer, name: str) -> dict[str, Any]:
 def only_by_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process copies nothing out of others: a member must answer."""
 
-    def refuse(*_: object) -> int:
-        raise PermissionError("not in this test")
-
-    monkeypatch.setattr(shmpool._core, "pidfd_getfd", refuse)
+    monkeypatch.setattr(rendezvous, "holders", lambda _: iter(()))
 
 
+BESIDE_THE_SEGMENTS = Path(slab.DIRECTORY, f"shmpool-{os.getuid()}.d")
 needs_copying = pytest.mark.skipif(not can_copy_descriptors(), reason="the kernel lets nobody copy descriptors here")
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
@@ -940,7 +938,7 @@ def test_somebody_was_there_before(settings: dict[str, Any], runtime: Runtime, w
 def test_without_a_runtime_directory(
     settings: dict[str, Any], runtime: Runtime, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
-    """The one for temporary files serves."""
+    """The one beside the segments serves."""
     if value is None:
         monkeypatch.delenv("XDG_RUNTIME_DIR")
     else:
@@ -948,21 +946,21 @@ def test_without_a_runtime_directory(
     if value == "foreign":
         (runtime.path / value).mkdir(0o700)
         os.chown(runtime.path / value, NOBODY, -1)
-    monkeypatch.setattr(tempfile, "tempdir", str(runtime.path))
     with Pool(**settings) as pool, attach(pool.name) as other:
-        assert socket_of(pool).parent == runtime.path / f"shmpool-{os.getuid()}"
+        assert socket_of(pool).parent == BESIDE_THE_SEGMENTS
         assert use(pool) == use(other)
+    assert not socket_of(pool).exists()
 
 
 @pytest.mark.usefixtures("only_by_asking")
 def test_members_with_different_environments_meet(
     company: Company, settings: dict[str, Any], runtime: Runtime, name: str
 ) -> None:
-    member = company.execute(XDG_RUNTIME_DIR=str(runtime.path / "absent"), TMPDIR=str(runtime.path))
+    member = company.execute(XDG_RUNTIME_DIR=str(runtime.path / "absent"))
     member.do(make, **settings)
     number = member.do(lease_once)
     with attach(name) as pool:
-        assert socket_of(pool).parent == runtime.path / f"shmpool-{os.getuid()}"
+        assert socket_of(pool).parent == BESIDE_THE_SEGMENTS
         assert use(pool) == number
         member.end()
 

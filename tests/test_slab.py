@@ -285,11 +285,15 @@ def test_no_room_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, error: B
 def test_an_interrupt_while_it_is_made_leaves_nothing_behind(
     step: str, named: bool, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def interrupt(*_: object) -> None:
+    where, what = (_core.PoolBase, "_create") if step == "create" else (slab, "publish")
+    done = getattr(where, what)
+
+    def interrupt(*arguments: object) -> None:
+        done(*arguments)  # Python looks at signals when this has returned, before the next step
         raise KeyboardInterrupt
 
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr(*((Pool, "_create") if step == "create" else (slab, "publish")), interrupt)
+    monkeypatch.setattr(Pool if step == "create" else slab, what, interrupt)
     before = set(descriptors().items()), segments(os.getpid())
     with pytest.raises(KeyboardInterrupt) as caught:
         Pool(URL, name=name if named else None, **SMALL)

@@ -13,7 +13,7 @@
 #include "stats.h"
 
 #define SET_MAGIC UINT64_C(0x7374657364706873) /* "shpdsets" */
-enum { PER_MESSAGE = 250 /* the kernel allows 253 */ };
+enum { PER_MESSAGE = 250 /* the kernel allows 253 */, ROOM_PAUSE_NS = 2000000 };
 
 struct set_head {
     uint64_t magic;
@@ -46,6 +46,16 @@ static int await(int fd, short events, int stop, uint64_t deadline)
     }
 }
 
+/* Wait a little; 0: try again. At the deadline ETOOMANYREFS. */
+static int await_room(int to, int stop, uint64_t deadline)
+{
+    uint64_t until = clock_now() + ROOM_PAUSE_NS;
+    if (until >= deadline)
+        return ETOOMANYREFS;
+    int error = await(to, 0, stop, until);
+    return error == ETIMEDOUT ? 0 : error;
+}
+
 static int send_one(int to, const struct set_head *head, const int *fds, uint32_t count, int stop, uint64_t deadline)
 {
     union rights_buffer control;
@@ -62,10 +72,12 @@ static int send_one(int to, const struct set_head *head, const int *fds, uint32_
     for (;;) {
         if (sendmsg(to, &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
             return 0;
-        if (errno != EINTR && errno != EAGAIN)
-            return errno;
-        int error = errno == EAGAIN ? await(to, POLLOUT, stop, deadline) : 0;
-        if (error)
+        int error = errno;
+        if (error == EAGAIN)
+            error = await(to, POLLOUT, stop, deadline);
+        else if (error == ETOOMANYREFS) /* of all pools of this user: the others' newcomers read theirs in a moment */
+            error = await_room(to, stop, deadline);
+        if (error && error != EINTR)
             return error;
     }
 }
@@ -126,6 +138,8 @@ static bool continues(const struct set_head *head, const struct set_head *first,
     return head->total == first->total && memcmp(head->slab_id, first->slab_id, sizeof head->slab_id) == 0 && head->first == have &&
            head->count == count && count >= 1 && count <= head->total - have;
 }
+
+int descriptors_await(int from, uint64_t timeout_ns) { return await(from, POLLIN, -1, clock_now() + timeout_ns); }
 
 int descriptors_receive(int from, struct descriptors *set, uint64_t timeout_ns)
 {

@@ -29,9 +29,11 @@ struct descriptors {
 };
 
 /* Send the whole set over `to`, a socket in non-blocking mode, within `timeout_ns`; ends early when `stop` becomes readable (-1:
- * nothing stops it). 0 or errno: EPIPE the receiver left, ETIMEDOUT it does not read, ETOOMANYREFS too many are under way, ECANCELED
+ * nothing stops it). 0 or errno: EPIPE the receiver left, ETIMEDOUT it does not read, ETOOMANYREFS too many are under way, all that time, ECANCELED
  * stopped. */
 int descriptors_send(int to, const struct descriptors *set, int stop, uint64_t timeout_ns);
+/* Wait until there is something to receive, or its sender has gone. 0, or ETIMEDOUT. */
+int descriptors_await(int from, uint64_t timeout_ns);
 /* Receive a whole set. 0 or errno: ECONNRESET the sender left before the end, ETIMEDOUT, EMFILE this process has no room,
  * EPROTO it was no set. On 0 the caller owns set->mailboxes (malloc) and all descriptors. */
 int descriptors_receive(int from, struct descriptors *set, uint64_t timeout_ns);

@@ -27,7 +27,7 @@
 #include "recovery.h"
 #include "segment.h"
 
-enum { SPARE_LEASES = 8 };
+enum { SPARE_LEASES = 8, RECEIVE_TIMEOUT_NS = 200000000 };
 
 typedef struct LeaseObject LeaseObject;
 
@@ -501,7 +501,7 @@ static bool lease_prepare_return(LeaseObject *lease)
         bool content = run_hook(lease->owner->on_return, lease);
         if (!content && lease_is_ours(lease))
             lease_discard_as(lease, SHM_T_closed_error);
-        if (!content || !lease->active) /* refused, or given back by the hook */
+        if (!content || !lease_is_ours(lease)) /* refused, or given back by the hook, with the whole pool perhaps */
             return false;
     }
     if (*lease->entry->dirty) {
@@ -1304,93 +1304,195 @@ static void begin_use(PoolObject *self)
     self->generation = self->pool.generation;
 }
 
-/* _create(fd, listener, (slots, workers, waiters), (id, created, uid, name, target, config, rendezvous), settings): the descriptors stay
- * the caller's if this raises. */
+/* _create(fd, listener, (slots, workers, waiters), (id, created, uid, name, target, config, rendezvous), settings): the descriptors are
+ * ours, also if this raises: whoever looks at a signal in between cannot close them twice. */
 static PyObject *pool_create_(PoolObject *self, PyObject *args)
 {
     unsigned slots, workers, waiters, uid;
-    int fd, listener;
+    int fd = -1, listener = -1;
     const char *id, *name, *target, *config, *rendezvous;
     Py_ssize_t id_size;
     double created;
     PyObject *settings;
     struct slab_layout layout;
     struct pool_options options;
-    if (!PyArg_ParseTuple(args, "ii(III)(y#dIssss)O!", &fd, &listener, &slots, &workers, &waiters, &id, &id_size, &created, &uid,
-                          &name, &target, &config, &rendezvous, &PyTuple_Type, &settings))
+    bool good = PyArg_ParseTuple(args, "ii(III)(y#dIssss)O!", &fd, &listener, &slots, &workers, &waiters, &id, &id_size, &created,
+                                 &uid, &name, &target, &config, &rendezvous, &PyTuple_Type, &settings);
+    if (good && (id_size != 16 || !slab_layout(&layout, slots, workers, waiters)))
+        good = PyErr_Format(PyExc_ValueError, "_create: a capacity is out of range") != NULL;
+    if (!good || !take_settings(self, settings, &options)) {
+        if (fd >= 0)
+            close(fd);
+        if (listener >= 0)
+            close(listener);
         return NULL;
-    if (id_size != 16 || !slab_layout(&layout, slots, workers, waiters))
-        return PyErr_Format(PyExc_ValueError, "_create: a capacity is out of range");
-    if (!take_settings(self, settings, &options))
-        return NULL;
+    }
     struct slab_identity who = {(const uint8_t *)id, (uint64_t)(created * 1e9), uid, (uint32_t)getpid(), name, target, config,
                                 rendezvous};
-    if (pool_create(&self->pool, fd, listener, &layout, &who, &options) != POOL_OK) {
-        self->pool.slab_fd = self->pool.shared.listener = -1; /* the caller's again */
+    forks_hold();
+    bool made = pool_create(&self->pool, fd, listener, &layout, &who, &options) == POOL_OK;
+    if (made)
+        begin_use(self);
+    else
         pool_free(&self->pool);
-        return PyErr_SetFromErrno(PyExc_OSError);
-    }
-    begin_use(self);
-    Py_RETURN_NONE;
+    forks_release();
+    return made ? Py_NewRef(Py_None) : PyErr_SetFromErrno(PyExc_OSError);
 }
 
-/* _attach(socket, timeout, id, settings): join the pool whose descriptors arrive over the socket. OSError: they did not arrive whole;
- * ValueError(why, is a matter of versions): the slab is none; LookupError: they are of another pool than `id`. */
+/* Join with a set that is ours, which takes it over. Forks of other threads wait from the moment in which the set began to be ours: a child
+ * would have the descriptors and no handle of them, and keep the pool's name from others for as long as it lives. Runs without the GIL. */
+static enum pool_verdict join_with(PoolObject *self, struct descriptors *set, const char *id, const struct pool_options *options,
+                                   enum slab_verdict *why)
+{
+    if (memcmp(set->slab_id, id, sizeof set->slab_id)) {
+        descriptors_close(set);
+        return POOL_LOST_DESCRIPTORS;
+    }
+    enum pool_verdict verdict = pool_attach(&self->pool, set, options, why);
+    if (verdict == POOL_OK)
+        begin_use(self);
+    else
+        pool_free(&self->pool);
+    return verdict;
+}
+
+/* None, or what is wrong with the set: ValueError(why, is a matter of versions): the slab is none; LookupError: it is of another pool, or of
+ * none; IndexError: there is no place for a worker; OSError (errno): it did not come whole. */
+static PyObject *joined_or_raise(enum pool_verdict verdict, enum slab_verdict why)
+{
+    switch (verdict) {
+    case POOL_OK:
+        Py_RETURN_NONE;
+    case POOL_BAD_SLAB:
+        return raise_bad_slab(why);
+    case POOL_LOST_DESCRIPTORS:
+        return PyErr_Format(PyExc_LookupError, "the descriptors are not those of the pool");
+    case POOL_NO_WORKER:
+        return PyErr_Format(PyExc_IndexError, "every place for a worker is taken");
+    default:
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+}
+
+/* _attach(socket, timeout, id, settings): join the pool whose descriptors arrive over the socket; see joined_or_raise(). */
 static PyObject *pool_attach_(PoolObject *self, PyObject *args)
 {
-    int from, error;
+    int from;
     double timeout;
     const char *id;
     Py_ssize_t id_size;
     PyObject *settings;
     struct pool_options options;
     struct descriptors set;
-    enum slab_verdict why;
-    enum pool_verdict verdict;
+    enum slab_verdict why = SLAB_OK;
+    enum pool_verdict verdict = POOL_ERRNO;
     if (!PyArg_ParseTuple(args, "idy#O!", &from, &timeout, &id, &id_size, &PyTuple_Type, &settings) ||
         !take_settings(self, settings, &options))
         return NULL;
+    if (id_size != sizeof set.slab_id)
+        return PyErr_Format(PyExc_ValueError, "_attach: an id has 16 bytes");
     Py_BEGIN_ALLOW_THREADS
-    error = descriptors_receive(from, &set, (uint64_t)(timeout * 1e9));
-    Py_END_ALLOW_THREADS
-    if (error) {
+    int error = descriptors_await(from, (uint64_t)(timeout * 1e9));
+    if (!error) {
+        forks_hold(); /* who has begun to send goes on, or is gone */
+        if (!(error = descriptors_receive(from, &set, RECEIVE_TIMEOUT_NS)))
+            verdict = join_with(self, &set, id, &options, &why);
+        forks_release();
+    }
+    if (error)
         errno = error;
-        return PyErr_SetFromErrno(PyExc_OSError);
-    }
-    if (id_size != sizeof set.slab_id || memcmp(set.slab_id, id, sizeof set.slab_id)) {
-        descriptors_close(&set);
-        return PyErr_Format(PyExc_LookupError, "the descriptors of another pool arrived");
-    }
-    Py_BEGIN_ALLOW_THREADS
-    verdict = pool_attach(&self->pool, &set, &options, &why);
     Py_END_ALLOW_THREADS
-    if (verdict == POOL_OK) {
-        begin_use(self);
-        Py_RETURN_NONE;
-    }
-    pool_free(&self->pool);
-    if (verdict == POOL_ERRNO)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    if (verdict == POOL_BAD_SLAB)
-        return raise_bad_slab(why);
-    if (verdict == POOL_LOST_DESCRIPTORS)
-        return PyErr_Format(PyExc_LookupError, "the descriptors do not belong to the slab");
-    return PyErr_Format(PyExc_IndexError, "every place for a worker is taken");
+    return joined_or_raise(verdict, why);
 }
 
-/* _answer(listener): answer newcomers who come to that listening socket, from now on; it is ours unless this raises. -1: to the one
- * that we have. */
+/* The system calls by number: the headers of many build machines are older than they. */
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438
+#endif
+
+/* Duplicates of another process's descriptors `theirs`: [mailboxes], then the listener if `listens`. 0 or errno. */
+static int copy_set(pid_t pid, const int *theirs, bool listens, struct descriptors *set, uint32_t count)
+{
+    int error = 0, process = (int)syscall(SYS_pidfd_open, pid, 0);
+    if (process < 0)
+        return errno;
+    for (uint32_t i = 0; !error && i < count + listens; i++) {
+        int ours = (int)syscall(SYS_pidfd_getfd, process, theirs[i], 0); /* close-on-exec */
+        if (ours < 0)
+            error = errno;
+        else if (i < count)
+            set->mailboxes[set->count++] = ours;
+        else
+            set->listener = ours;
+    }
+    close(process);
+    return error;
+}
+
+/* _attach_copies(pid, slab, id, [descriptors of that process: mailboxes, listener], has a listener, settings): join with duplicates of what
+ * another process has, where the kernel lets us (pidfd_getfd(2)), and of our own descriptor of the segment. */
+static PyObject *pool_attach_copies(PoolObject *self, PyObject *args)
+{
+    int pid, slab, listens;
+    const char *id;
+    Py_ssize_t id_size;
+    PyObject *list, *settings;
+    struct pool_options options;
+    struct descriptors set = {.slab = -1, .listener = -1};
+    enum slab_verdict why = SLAB_OK;
+    enum pool_verdict verdict = POOL_ERRNO;
+    if (!PyArg_ParseTuple(args, "iiy#O!pO!", &pid, &slab, &id, &id_size, &PyList_Type, &list, &listens, &PyTuple_Type, &settings) ||
+        !take_settings(self, settings, &options))
+        return NULL;
+    Py_ssize_t all = PyList_GET_SIZE(list);
+    if (id_size != sizeof set.slab_id || all <= listens || all > (Py_ssize_t)SHM_MAX_SLOTS + 1)
+        return PyErr_Format(PyExc_ValueError, "_attach_copies: an id has 16 bytes, and a pool a mailbox");
+    int *theirs = PyMem_Calloc((size_t)all, sizeof *theirs);
+    set.mailboxes = malloc((size_t)all * sizeof *set.mailboxes); /* descriptors_close() frees it */
+    for (Py_ssize_t i = 0; theirs && i < all && !PyErr_Occurred(); i++)
+        theirs[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
+    if (!theirs || !set.mailboxes || PyErr_Occurred()) {
+        PyMem_Free(theirs);
+        free(set.mailboxes);
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    }
+    memcpy(set.slab_id, id, sizeof set.slab_id);
+    Py_BEGIN_ALLOW_THREADS
+    forks_hold();
+    set.slab = fcntl(slab, F_DUPFD_CLOEXEC, 3);
+    int error = set.slab < 0 ? errno : copy_set(pid, theirs, listens, &set, (uint32_t)(all - listens));
+    if (!error)
+        verdict = join_with(self, &set, id, &options, &why);
+    else
+        descriptors_close(&set);
+    forks_release();
+    if (error)
+        errno = error;
+    Py_END_ALLOW_THREADS
+    PyMem_Free(theirs);
+    return joined_or_raise(verdict, why);
+}
+
+/* _answer(listener): answer newcomers who come to that listening socket, from now on; it is ours, also if this raises. -1: to the one that
+ * we have. */
 static PyObject *pool_answer_(PoolObject *self, PyObject *args)
 {
     int listener;
-    if (!check_made(self) || !PyArg_ParseTuple(args, "i", &listener))
+    if (!PyArg_ParseTuple(args, "i", &listener))
         return NULL;
-    if (self->finished || !pool_is_open(&self->pool))
-        return raise_error(self, "closed", 0, 0, 0);
-    if (!ensure_joined(self)) /* also begins to answer again after a fork */
-        return NULL;
-    errno = listener < 0 ? 0 : pool_listen(&self->pool, listener);
-    return errno ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
+    bool open = self->made && !self->finished && pool_is_open(&self->pool);
+    if (open && ensure_joined(self)) { /* also begins to answer again after a fork */
+        errno = listener < 0 ? 0 : pool_listen(&self->pool, listener);
+        if (!errno)
+            Py_RETURN_NONE;
+        PyErr_SetFromErrno(PyExc_OSError);
+    }
+    if (listener >= 0)
+        close(listener);
+    return open ? NULL : raise_error(self, "closed", 0, 0, 0);
 }
 
 /* _mail(slot, id, fd) -> bool: put the descriptor of a connection that is being dialled into the slot's mailbox, in place of an
@@ -1721,6 +1823,7 @@ static PyMethodDef pool_methods[] = {
     {"get_ipv6", FASTCALL(pool_get_ipv6), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_ipv6($self, timeout=None)\n--\n\nget(timeout, ip_version=6).")},
     {"_create", FASTCALL(pool_create_), METH_VARARGS, NULL},
     {"_attach", FASTCALL(pool_attach_), METH_VARARGS, NULL},
+    {"_attach_copies", FASTCALL(pool_attach_copies), METH_VARARGS, NULL},
     {"_answer", FASTCALL(pool_answer_), METH_VARARGS, NULL},
     {"_note_path", FASTCALL(pool_note_path), METH_VARARGS, NULL},
     {"_identity", FASTCALL(pool_identity), METH_NOARGS, NULL},
@@ -1809,52 +1912,12 @@ static PyObject *core_publish(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* pidfd_getfd(pidfd, fd) -> int: a duplicate of another process's descriptor, where the kernel lets us (pidfd_getfd(2)). */
-static PyObject *core_pidfd_getfd(PyObject *module, PyObject *args)
-{
-    (void)module;
-    int pidfd, theirs;
-    if (!PyArg_ParseTuple(args, "ii:pidfd_getfd", &pidfd, &theirs))
-        return NULL;
-    long ours = syscall(SYS_pidfd_getfd, pidfd, theirs, 0); /* close-on-exec */
-    return ours < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(ours);
-}
-
-/* send_descriptors(socket, id, slab, listener, [mailboxes]) -> None: send what PoolBase._attach() takes; the descriptors stay the caller's. */
-static PyObject *core_send_descriptors(PyObject *module, PyObject *args)
-{
-    (void)module;
-    int to;
-    const char *id;
-    Py_ssize_t id_size;
-    PyObject *list;
-    struct descriptors set;
-    if (!PyArg_ParseTuple(args, "iy#iiO!:send_descriptors", &to, &id, &id_size, &set.slab, &set.listener, &PyList_Type, &list))
-        return NULL;
-    set.count = (uint32_t)PyList_GET_SIZE(list);
-    if (id_size != sizeof set.slab_id || !set.count)
-        return PyErr_Format(PyExc_ValueError, "send_descriptors: an id has 16 bytes, and a pool a mailbox");
-    memcpy(set.slab_id, id, sizeof set.slab_id);
-    if (!(set.mailboxes = PyMem_Calloc(set.count, sizeof *set.mailboxes)))
-        return PyErr_NoMemory();
-    for (uint32_t i = 0; i < set.count && !PyErr_Occurred(); i++)
-        set.mailboxes[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
-    int error = PyErr_Occurred() ? 0 : descriptors_send(to, &set, -1, 0);
-    PyMem_Free(set.mailboxes);
-    if (PyErr_Occurred())
-        return NULL;
-    errno = error;
-    return error ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
-}
-
 static PyMethodDef core_methods[] = {
     {"layout", core_layout, METH_VARARGS, PyDoc_STR("layout(slots, workers, waiters) -> (total, per slot, per worker) bytes")},
     {"byte_is_locked", core_byte_is_locked, METH_VARARGS, PyDoc_STR("byte_is_locked(fd, byte) -> bool")},
     {"remove_segment", core_remove_segment, METH_VARARGS, PyDoc_STR("remove_segment(path, id) -> bool")},
     {"family_join", core_family_join, METH_VARARGS, PyDoc_STR("family_join(fd) -> None")},
     {"publish", core_publish, METH_VARARGS, PyDoc_STR("publish(private_path, public_path) -> None")},
-    {"pidfd_getfd", core_pidfd_getfd, METH_VARARGS, PyDoc_STR("pidfd_getfd(pidfd, fd) -> int")},
-    {"send_descriptors", core_send_descriptors, METH_VARARGS, PyDoc_STR("send_descriptors(socket, id, slab, listener, mailboxes) -> None")},
     {NULL},
 };
 

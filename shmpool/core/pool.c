@@ -98,7 +98,7 @@ static enum pool_verdict begin_part(struct pool *pool)
     if (!family_join(pool->slab_fd) || (pool->shared.listener >= 0 && !(pool->door = rendezvous_take())))
         return POOL_ERRNO;
     enum pool_verdict verdict = pool_join(pool);
-    if (verdict == POOL_OK && (errno = pool_answer(pool)))
+    if (verdict == POOL_OK && (errno = pool_answer(pool)) && errno != EAGAIN) /* no thread now: the next use tries again */
         return POOL_ERRNO;
     return verdict;
 }
@@ -115,17 +115,16 @@ enum pool_verdict pool_create(struct pool *pool, int slab_fd, int listener, cons
     return make_private(pool) && make_mailboxes(pool, layout->max_slots) ? begin_part(pool) : POOL_ERRNO;
 }
 
+/* The count first: descriptors_intact() believes it. */
 static bool is_of_set(const struct slab *slab, const struct descriptors *set)
 {
     return set->count == slab->layout.max_slots && memcmp(slab->header->id, set->slab_id, sizeof set->slab_id) == 0;
 }
 
-enum pool_verdict pool_attach(struct pool *pool, struct descriptors *set, const struct pool_options *options, enum slab_verdict *why)
+/* Map the slab of the set and see that all belongs together and to this user. */
+static enum pool_verdict open_set(struct pool *pool, const struct descriptors *set, enum slab_verdict *why)
 {
     struct stat status;
-    begin_handle(pool, set->slab, set->listener, options);
-    pool->mailboxes = set->mailboxes;
-    pool->shared.count = set->count;
     *why = SLAB_TOO_SMALL;
     if (fstat(set->slab, &status) || status.st_uid != geteuid())
         return POOL_LOST_DESCRIPTORS;
@@ -140,9 +139,23 @@ enum pool_verdict pool_attach(struct pool *pool, struct descriptors *set, const 
         pool->slab.header = NULL;
         return POOL_BAD_SLAB;
     }
-    if (!is_of_set(&pool->slab, set) || !descriptors_intact(pool))
-        return POOL_LOST_DESCRIPTORS;
-    return make_private(pool) ? begin_part(pool) : POOL_ERRNO;
+    return is_of_set(&pool->slab, set) && descriptors_intact(pool) ? POOL_OK : POOL_LOST_DESCRIPTORS;
+}
+
+enum pool_verdict pool_attach(struct pool *pool, struct descriptors *set, const struct pool_options *options, enum slab_verdict *why)
+{
+    begin_handle(pool, set->slab, set->listener, options);
+    pool->mailboxes = set->mailboxes;
+    pool->shared.count = set->count;
+    enum pool_verdict verdict = open_set(pool, set, why);
+    if (verdict == POOL_OK)
+        return make_private(pool) ? begin_part(pool) : POOL_ERRNO;
+    int error = errno;
+    pool->mailboxes = NULL;
+    pool->slab_fd = pool->shared.listener = -1;
+    descriptors_close(set);
+    errno = error;
+    return verdict;
 }
 
 int pool_answer(struct pool *pool)
@@ -176,21 +189,23 @@ void pool_release_descriptors(struct pool *pool)
 {
     if (pool->door)
         rendezvous_close(pool->door);
-    for (uint32_t i = 0; pool->mailboxes && i < pool->shared.count; i++)
-        if (pool->mailboxes[i] >= 0) {
+    bool ours = !pool->mailboxes || !pool->slab.slots || descriptors_intact(pool); /* else the program has closed them, and may use the numbers again */
+    for (uint32_t i = 0; pool->mailboxes && i < pool->shared.count; i++) {
+        if (pool->mailboxes[i] >= 0 && (ours || inode_of(pool->mailboxes[i]) == pool->slab.slots[i].mailbox_inode))
             close(pool->mailboxes[i]);
-            pool->mailboxes[i] = -1;
-        }
+        pool->mailboxes[i] = -1;
+    }
     if (pool->seat)
         pool->seat->slab_fd = -1;
-    if (pool->slab_fd >= 0)
+    if (pool->slab_fd >= 0 && (ours || inode_of(pool->slab_fd) == pool->slab_inode))
         close(pool->slab_fd);
     pool->slab_fd = -1;
-    if (pool->shared.listener >= 0)
+    if (pool->shared.listener >= 0 && (ours || inode_of(pool->shared.listener) == pool->slab.header->listener_inode))
         close(pool->shared.listener);
     pool->shared.listener = -1;
+    struct stat status;
     int spare = atomic_exchange(&pool->spare_fd, -1);
-    if (spare > 0)
+    if (spare > 0 && (ours || (fstat(spare, &status) == 0 && S_ISCHR(status.st_mode))))
         close(spare);
 }
 

@@ -67,7 +67,7 @@ struct pool {
 enum pool_verdict { POOL_OK, POOL_ERRNO, POOL_NO_WORKER, POOL_LOST_DESCRIPTORS, POOL_BAD_SLAB };
 
 /* Format a new slab in the file `slab_fd` and join it. `listener`: a listening socket for newcomers, or -1. The handle takes both
- * descriptors over, unless this fails. errno on POOL_ERRNO. After any failure: pool_free. */
+ * descriptors over. errno on POOL_ERRNO. After any failure: pool_free. */
 enum pool_verdict pool_create(struct pool *pool, int slab_fd, int listener, const struct slab_layout *layout,
                               const struct slab_identity *who, const struct pool_options *options);
 /* Join the pool whose descriptors another process sent; takes the set over, whatever happens. POOL_BAD_SLAB: *why is not SLAB_OK, or the

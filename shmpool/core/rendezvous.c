@@ -10,9 +10,9 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -23,7 +23,10 @@ struct rendezvous {
     const struct descriptors *set;
     struct fork_page *fork;
     pid_t pid, tid; /* whose thread it is */
-    int stop, events, spare;
+    int stop[2];    /* a pipe: the thread ends when its writing end is closed */
+    int events, spare;
+    uint64_t stop_inode, listener_inode; /* a program may close descriptors that it does not know, and use the numbers again */
+    atomic_uint turn;                    /* a thread of an earlier one is not ours any more */
     atomic_bool open;
     bool taken, ended_by_fork;
     struct rendezvous *next;
@@ -43,15 +46,24 @@ static bool peer_is_ours(int fd)
     return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &size) == 0 && who.uid == geteuid();
 }
 
+static uint64_t inode_of(int fd)
+{
+    struct stat status;
+    return fd >= 0 && fstat(fd, &status) == 0 ? (uint64_t)status.st_ino : 0;
+}
+
 static bool is_stopped(const struct rendezvous *door, int wait_ms)
 {
-    struct pollfd stop = {.fd = door->stop, .events = POLLIN};
+    struct pollfd stop = {.fd = door->stop[0], .events = POLLIN};
     return poll(&stop, 1, wait_ms) > 0;
 }
 
 /* The next in the queue; -1: errno. The spare descriptor makes room for one: a member that woke for a newcomer was woken alone. */
 static int admit(struct rendezvous *door)
 {
+    errno = EBADF;
+    if (inode_of(door->set->listener) != door->listener_inode)
+        return -1;
     int to = accept4(door->set->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (to >= 0 || (errno != EMFILE && errno != ENFILE) || door->spare < 0)
         return to;
@@ -70,10 +82,10 @@ static bool answer_all(struct rendezvous *door)
         if (to < 0)
             continue;
         if (peer_is_ours(to))
-            descriptors_send(to, door->set, door->stop, SEND_TIMEOUT_NS); /* who got only a part asks again */
+            descriptors_send(to, door->set, door->stop[0], SEND_TIMEOUT_NS); /* who got only a part asks again */
         close(to);
         if (door->spare < 0)
-            door->spare = fcntl(door->stop, F_DUPFD_CLOEXEC, 0);
+            door->spare = fcntl(door->stop[0], F_DUPFD_CLOEXEC, 0);
     } while (!is_stopped(door, 0));
     return true;
 }
@@ -81,12 +93,13 @@ static bool answer_all(struct rendezvous *door)
 static void *answer(void *argument)
 {
     struct rendezvous *door = argument;
+    unsigned turn = atomic_load(&door->turn);
     door->tid = (pid_t)syscall(SYS_gettid);
     prctl(PR_SET_NAME, "shmpool-answers");
     for (;;) {
         struct epoll_event event;
         int count = epoll_wait(door->events, &event, 1, -1);
-        if (count < 0 && errno != EINTR)
+        if ((count < 0 && errno != EINTR) || atomic_load(&door->turn) != turn)
             return NULL;
         if (count > 0 && is_stopped(door, answer_all(door) ? 0 : NO_ROOM_PAUSE_MS))
             return NULL;
@@ -101,16 +114,22 @@ static bool watch(int events, int fd, uint32_t how)
     return epoll_ctl(events, EPOLL_CTL_ADD, fd, &event) == 0;
 }
 
+static void close_one(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
 static void close_descriptors(struct rendezvous *door)
 {
-    if (door->stop >= 0)
-        close(door->stop);
-    if (door->events >= 0)
-        close(door->events);
-    if (door->spare >= 0)
-        close(door->spare);
-    door->stop = door->events = door->spare = -1;
+    close_one(&door->stop[1]);
+    close_one(&door->stop[0]);
+    close_one(&door->events);
+    close_one(&door->spare);
 }
+
+static void forget_descriptors(struct rendezvous *door) { door->stop[0] = door->stop[1] = door->events = door->spare = -1; }
 
 static int begin_locked(struct rendezvous *door, const struct descriptors *set, struct fork_page *fork)
 {
@@ -119,12 +138,17 @@ static int begin_locked(struct rendezvous *door, const struct descriptors *set, 
     door->set = set;
     door->fork = fork;
     door->pid = getpid();
-    door->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    atomic_fetch_add(&door->turn, 1);
+    if (pipe2(door->stop, O_CLOEXEC | O_NONBLOCK))
+        return errno;
     door->events = epoll_create1(EPOLL_CLOEXEC);
-    door->spare = door->stop < 0 ? -1 : fcntl(door->stop, F_DUPFD_CLOEXEC, 0);
     int error = errno;
+    door->spare = fcntl(door->stop[0], F_DUPFD_CLOEXEC, 0);
+    door->stop_inode = inode_of(door->stop[1]);
+    door->listener_inode = inode_of(set->listener);
+    errno = error;
     /* exclusive: a newcomer wakes one member, not all */
-    if (door->stop >= 0 && door->events >= 0 && watch(door->events, door->stop, EPOLLIN) &&
+    if (door->events >= 0 && watch(door->events, door->stop[0], EPOLLIN) &&
         watch(door->events, set->listener, EPOLLIN | EPOLLEXCLUSIVE)) {
         pthread_attr_init(&attributes);
         pthread_attr_setstacksize(&attributes, STACK_BYTES);
@@ -135,7 +159,7 @@ static int begin_locked(struct rendezvous *door, const struct descriptors *set, 
         pthread_attr_destroy(&attributes);
         atomic_store(&door->open, error == 0);
     } else
-        error = errno ? errno : error;
+        error = errno;
     if (error)
         close_descriptors(door);
     return error;
@@ -145,8 +169,13 @@ static void end_locked(struct rendezvous *door)
 {
     if (!atomic_load(&door->open))
         return;
-    if (door->pid == getpid()) {
-        eventfd_write(door->stop, 1);
+    if (inode_of(door->stop[1]) != door->stop_inode) { /* closed behind our back: nothing of it is ours, nor will the thread wake */
+        if (door->pid == getpid())
+            pthread_detach(door->thread);
+        atomic_fetch_add(&door->turn, 1);
+        forget_descriptors(door);
+    } else if (door->pid == getpid()) {
+        close_one(&door->stop[1]);
         pthread_join(door->thread, NULL);
         /* Joined is not yet gone: the kernel counts the thread for some microseconds more. */
         for (int tries = 0; tries < GONE_TRIES && syscall(SYS_tgkill, door->pid, door->tid, 0) == 0; tries++)
@@ -178,19 +207,20 @@ static void after_fork(void)
     pthread_mutex_unlock(&doors_mutex); /* in the child too: this thread locked it */
 }
 
-static void install_fork_handlers(void) { pthread_atfork(before_fork, after_fork, after_fork); }
+static const struct forks_watcher watcher = {before_fork, after_fork};
+static void watch_forks(void) { forks_watch(&watcher); }
 
 /* ---- the rest of the interface ---- */
 
 struct rendezvous *rendezvous_take(void)
 {
-    pthread_once(&doors_once, install_fork_handlers);
+    pthread_once(&doors_once, watch_forks);
     pthread_mutex_lock(&doors_mutex);
     struct rendezvous *door = doors;
     while (door && door->taken)
         door = door->next;
     if (!door && (door = calloc(1, sizeof *door))) {
-        door->stop = door->events = door->spare = -1;
+        forget_descriptors(door);
         door->next = doors;
         doors = door;
     }

@@ -20,13 +20,32 @@ static pthread_once_t seats_once = PTHREAD_ONCE_INIT;
 /* Held while a seat is opened and noted, while it is closed, and across fork(): a child inherits no seat that is not in the list. */
 static pthread_mutex_t seats_mutex = PTHREAD_MUTEX_INITIALIZER;
 
-static void before_fork(void) { pthread_mutex_lock(&seats_mutex); }
-static void after_fork_parent(void) { pthread_mutex_unlock(&seats_mutex); }
+/* Taken before every other lock of ours. */
+static pthread_mutex_t forks_mutex = PTHREAD_MUTEX_INITIALIZER;
+static _Atomic(const struct forks_watcher *) watcher;
+static const struct forks_watcher *told; /* by this fork */
+
+static void before_fork(void)
+{
+    pthread_mutex_lock(&forks_mutex);
+    if ((told = atomic_load(&watcher)))
+        told->before();
+    pthread_mutex_lock(&seats_mutex);
+}
+
+static void after_fork_parent(void)
+{
+    pthread_mutex_unlock(&seats_mutex);
+    if (told)
+        told->after();
+    pthread_mutex_unlock(&forks_mutex);
+}
 
 static void close_now(struct seat *seat)
 {
+    struct stat status;
     int fd = atomic_exchange(&seat->fd, -1);
-    if (fd >= 0)
+    if (fd >= 0 && fstat(fd, &status) == 0 && status.st_ino == seat->inode)
         close(fd);
 }
 
@@ -34,10 +53,24 @@ static void after_fork_child(void)
 {
     for (struct seat *seat = atomic_load_explicit(&seats, memory_order_acquire); seat; seat = seat->next)
         close_now(seat);
-    pthread_mutex_unlock(&seats_mutex); /* this thread locked it in before_fork() */
+    after_fork_parent(); /* this thread locked them in before_fork() */
 }
 
 static void install_fork_handlers(void) { pthread_atfork(before_fork, after_fork_parent, after_fork_child); }
+
+void forks_hold(void)
+{
+    pthread_once(&seats_once, install_fork_handlers);
+    pthread_mutex_lock(&forks_mutex);
+}
+
+void forks_release(void) { pthread_mutex_unlock(&forks_mutex); }
+
+void forks_watch(const struct forks_watcher *who)
+{
+    pthread_once(&seats_once, install_fork_handlers);
+    atomic_store(&watcher, who);
+}
 
 struct seat *seat_take(void)
 {
@@ -81,7 +114,9 @@ int file_open_anew(int slab_fd)
 int seat_open(struct seat *seat, int slab_fd)
 {
     pthread_mutex_lock(&seats_mutex);
-    int fd = file_open_anew(slab_fd), error = fd < 0 ? errno : 0;
+    struct stat status;
+    int fd = file_open_anew(slab_fd), error = fd < 0 || fstat(fd, &status) ? errno : 0;
+    seat->inode = error ? 0 : (uint64_t)status.st_ino;
     if (!error)
         atomic_store_explicit(&seat->fd, fd, memory_order_release);
     pthread_mutex_unlock(&seats_mutex);

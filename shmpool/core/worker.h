@@ -31,6 +31,7 @@ enum { SHM_PATH_BYTES = 160 }; /* of a segment's path */
 /* A descriptor that a forked child must close. Nodes are never freed: the atfork handler may walk them at any moment. */
 struct seat {
     _Atomic(int) fd; /* -1: none */
+    uint64_t inode;  /* of the file it opened: the program may have closed it behind our back, and use the number again */
     struct seat *next;
     atomic_bool taken;
     int slab_fd; /* of the handle that has the seat, and where the segment is: for exit() alone (segment.c); -1, "" */
@@ -42,6 +43,16 @@ enum fork_phase { FORK_WIPED = 0, FORK_CHANGING = 1, FORK_READY = 2, FORK_PARENT
 struct fork_page {
     a32_shm phase;
 };
+
+/* What a fork() must not meet half done: forks of other threads wait from hold to release, some milliseconds at most. Between them this
+ * thread waits for nobody who might fork. */
+void forks_hold(void);
+void forks_release(void);
+/* Call these around every fork() of libc as well, beside what is done for the seats; `after` on both sides. For one caller (rendezvous.c). */
+struct forks_watcher {
+    void (*before)(void), (*after)(void);
+};
+void forks_watch(const struct forks_watcher *watcher);
 
 /* One seat node out of the process-wide list; NULL without memory. */
 struct seat *seat_take(void);

@@ -78,7 +78,7 @@ static int threads(void)
     return count;
 }
 
-/* Descriptors of that kind that this process has open. */
+/* Descriptors of that kind that this process has open; of pipes those in non-blocking mode, which no test has. */
 static int open_of(const char *kind)
 {
     char path[64], what[128];
@@ -87,12 +87,13 @@ static int open_of(const char *kind)
         snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
         ssize_t size = readlink(path, what, sizeof what - 1);
         what[size < 0 ? 0 : size] = 0;
-        count += !strcmp(what, kind);
+        bool blocks = !strncmp(what, "pipe:", 5) && !(fcntl(fd, F_GETFL) & O_NONBLOCK);
+        count += !strncmp(what, kind, strlen(kind)) && !blocks;
     }
     return count;
 }
 
-static int open_of_a_door(void) { return open_of("anon_inode:[eventpoll]") + open_of("anon_inode:[eventfd]"); }
+static int open_of_a_door(void) { return open_of("anon_inode:[eventpoll]") + open_of("pipe:"); }
 
 static pid_t raw_fork(void) { return (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL); }
 
