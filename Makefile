@@ -16,7 +16,7 @@ CORE := shmpool/core $(wildcard shmpool/core/*.[ch])
 ENV := $(VENV)/.made$(SUFFIX)
 HAS := $(VENV)/.has-
 
-.PHONY: help demo test check sanitize bench bench-smoke build extension tools lint types clean
+.PHONY: help demo test check servers sanitize bench bench-smoke build extension tools lint types clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -26,10 +26,13 @@ help: ## list the targets
 demo: $(HAS)demo $(EXTENSION) ## show the pool at work, against a Redis of its own
 	$(BIN)/python -m shmpool demo
 
-test: $(HAS)test $(EXTENSION) ## run all tests but the sanitizer builds
-	$(BIN)/python -m pytest -q -n auto -m 'not sanitize'
+test: $(HAS)test $(EXTENSION) ## run all tests but the long recipes and the sanitizer builds
+	$(BIN)/python -m pytest -q -n auto -m 'not sanitize and not servers'
 
-check: lint types build test sanitize bench-smoke ## all of CI
+check: lint types build test servers sanitize bench-smoke ## all of CI
+
+servers: $(HAS)test $(EXTENSION) ## run the recipes for real servers, their workers killed on the way
+	$(BIN)/python -m pytest -q -n auto -m servers
 
 sanitize: $(HAS)test $(EXTENSION) ## run the C core's tests under the sanitizers
 	$(BIN)/python -m pytest -q -m sanitize

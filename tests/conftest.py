@@ -59,6 +59,13 @@ def _mapped_segments() -> str:
     return "\n".join(maps)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Recipes for real servers are for `make check`, but for those marked as quick."""
+    for item in items:
+        if item.path.name.startswith("test_servers_") and not item.get_closest_marker("quick"):
+            item.add_marker("servers")
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
         session.config.stash[_BEFORE] = _segments()

@@ -163,6 +163,7 @@ def test_uvicorn_request_limit(tmp_path: Path, app: str) -> None:
         server.finish(load, stop=lambda: stop_uvicorn(server))
 
 
+@pytest.mark.quick
 @needs_uvicorn
 @both_lifespans
 def test_uvicorn_reload(tmp_path: Path, app: str) -> None:
@@ -255,6 +256,7 @@ def test_granian_from_python(tmp_path: Path, interface: Interface) -> None:
         server.finish(load, stop=lambda: stop_granian(server, workers))
 
 
+@pytest.mark.quick
 @needs_granian
 def test_granian_ends_with_a_worker(tmp_path: Path) -> None:
     """Without --respawn-failed-workers one that is killed in the middle of a lease takes all others along."""

@@ -388,6 +388,7 @@ def test_all_permits_come_back(start: Callable[..., Worker], name: str | None, h
     assert figures["abandoned"] == 3 * CONNECTIONS
 
 
+@pytest.mark.quick
 def test_a_killed_parent(start: Callable[..., Worker], name: str | None) -> None:
     """Its children are killed with it; what they left is removed by the next pool, and in nobody's way."""
     first = start(name)
@@ -411,6 +412,7 @@ def test_spawned_children_join_a_named_pool(start: Callable[..., Worker]) -> Non
 # ---- the hooks ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_the_hooks_are_connected_once() -> None:
     from shmpool.integrations import celery as integration
 
@@ -428,6 +430,7 @@ def test_the_hooks_are_connected_once() -> None:
     assert [len(each.receivers) for each in connected] == before
 
 
+@pytest.mark.quick
 def test_a_child_comes_and_goes(make: Callable[..., shmpool.Pool], family: Family) -> None:
     """What the two signals of a child do, without Celery around them."""
     pool = make()
@@ -461,6 +464,7 @@ def test_a_child_comes_and_goes(make: Callable[..., shmpool.Pool], family: Famil
         pass
 
 
+@pytest.mark.quick
 def test_a_child_that_finds_no_place_says_so(make: Callable[..., shmpool.Pool], family: Family) -> None:
     """Celery logs what a hook raises, and goes on."""
     pool = make(max_workers=1)

@@ -195,6 +195,7 @@ def test_max_requests(tmp_path: Path, worker: Worker, share: Share) -> None:
         assert not load.ledger.failed
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("workers", [1, 2])
 def test_pool_that_comes_and_goes(tmp_path: Path, workers: int) -> None:
     """Few workers that end often: the pool ends with the last one, and the next one makes it anew."""
@@ -212,12 +213,9 @@ def test_pool_that_comes_and_goes(tmp_path: Path, workers: int) -> None:
 def test_timeout(tmp_path: Path, with_hooks: bool) -> None:
     """Workers that hang in a lease: gunicorn aborts them, and kills those that do not hear it."""
     hanging = DEATHS // 2
-    settings = {"max_connections": hanging + 2}
+    more: dict[str, Any] = {"workers": hanging + 1, "max_connections": hanging + 2}
     hangs = Ledger()
-
-    with serving(
-        tmp_path, "--timeout=1", share="preload", workers=hanging + 1, with_hooks=with_hooks, **settings
-    ) as server:
+    with serving(tmp_path, "--timeout=1", share="preload", with_hooks=with_hooks, **more) as server:
         with load_on(server) as load:
             for _ in range(2):
                 paths = [f"/hang?deaf={number % 2 or ''}" for number in range(hanging)]
@@ -316,8 +314,8 @@ def test_threads_finish(tmp_path: Path, with_hooks: bool) -> None:
 
     They finish nevertheless what they have begun, be they leasing or waiting.
     """
-    ledger, options = Ledger(), {"worker": "gthread", "workers": 2, "with_hooks": with_hooks}
-    with serving(tmp_path, "--graceful-timeout=1", share="named", **options) as server:
+    ledger, grace = Ledger(), "--graceful-timeout=1"
+    with serving(tmp_path, grace, share="named", worker="gthread", workers=2, with_hooks=with_hooks) as server:
         threads = [
             threading.Thread(target=ledger_request, args=(server, ledger, "/hold?ms=700")) for _ in range(2 * THREADS)
         ]
@@ -372,7 +370,7 @@ def test_connections_are_open_before_requests(tmp_path: Path, share: Share) -> N
 def test_an_upstream_that_is_down_stops_no_worker(tmp_path: Path, share: Share) -> None:
     with serving(tmp_path, share=share, with_hooks=True, upstream_is_down=True, min_connections=1) as server:
         lines = rf"\[WARNING\] shmpool: pool '{server.pool_name}': .*Connection refused.*; the worker starts without.*$"
-        assert len(re.findall(lines, server.output(), re.MULTILINE)) == 4
+        assert re.search(lines, server.output(), re.MULTILINE)
         server.expected.append(lines)
         server.upstream.listen()
         server.use_every_slot()
@@ -398,6 +396,7 @@ class Side:
         pass
 
 
+@pytest.mark.quick
 def test_gunicorn_takes_the_hooks() -> None:
     config = pytest.importorskip("gunicorn.config").Config()
     for name in hooks.__all__:
@@ -405,6 +404,7 @@ def test_gunicorn_takes_the_hooks() -> None:
         assert getattr(config, name) is getattr(hooks, name)
 
 
+@pytest.mark.quick
 def test_gunicorn_is_not_needed() -> None:
     code = f"import sys; sys.modules['gunicorn'] = None; import {hooks.__name__}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
@@ -418,6 +418,7 @@ def call(name: str, arbiter: Side, worker: Side) -> None:
     hook(*arguments)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", hooks.__all__)
 def test_hooks_without_a_pool(name: str) -> None:
     arbiter, worker = Side(), Side()
@@ -425,6 +426,7 @@ def test_hooks_without_a_pool(name: str) -> None:
     assert not arbiter.log.lines + worker.log.lines
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", hooks.__all__)
 def test_hooks_with_a_closed_pool(name: str, make: Callable[..., shmpool.Pool]) -> None:
     pool = make()
@@ -434,6 +436,7 @@ def test_hooks_with_a_closed_pool(name: str, make: Callable[..., shmpool.Pool]) 
     assert not arbiter.log.lines + worker.log.lines
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", hooks.__all__)
 def test_hooks_log_what_goes_wrong(
     name: str, make: Callable[..., shmpool.Pool], monkeypatch: pytest.MonkeyPatch
@@ -452,6 +455,7 @@ def test_hooks_log_what_goes_wrong(
     assert all(re.match(rf"shmpool: pool '{pool.name}': the pool failed \(deeper\); ", line) for line in lines)
 
 
+@pytest.mark.quick
 def test_the_arbiter_does_not_leave_for_a_worker(make: Callable[..., shmpool.Pool]) -> None:
     """gunicorn calls `worker_exit` in the arbiter too, for a worker that is gone."""
     pool = make()
@@ -459,6 +463,7 @@ def test_the_arbiter_does_not_leave_for_a_worker(make: Callable[..., shmpool.Poo
     pool.get().release()
 
 
+@pytest.mark.quick
 def test_a_worker_with_threads_leaves_at_its_end(make: Callable[..., shmpool.Pool]) -> None:
     """gunicorn calls `worker_exit` although threads still have requests in hand."""
     pool, end = make(), threading.Event()

@@ -115,6 +115,7 @@ def test_the_pool_comes_to_the_workers(run: Run, kind: str, method: str, name: s
     assert {way: each["results"] for way, each in figures.items()} == dict.fromkeys(ways, TASKS)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", METHODS)
 def test_processes_and_their_ends(run: Run, method: str, name: str | None) -> None:
     """multiprocessing.Process: by argument, by keyword, inside an object; each returns, exits, or is killed."""
@@ -151,6 +152,7 @@ def test_terminated_within_leases(run: Run, method: str) -> None:
 # ---- what cannot travel ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", ["Pool", "Executor"])
 def test_a_lease_is_not_a_result(run: Run, kind: str) -> None:
     figures = run("given_away", "fork", kind=kind, ignore=",ignore:shmpool:ResourceWarning")  # it says that it was lost
@@ -159,6 +161,7 @@ def test_a_lease_is_not_a_result(run: Run, kind: str) -> None:
     assert figures["results"] == TASKS
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("how", [pickle.dumps, ForkingPickler.dumps, copy.copy, copy.deepcopy])
 def test_a_lease_stays_in_its_process(make: Callable[..., shmpool.Pool], how: Callable[[object], object]) -> None:
     pool = make()
@@ -170,6 +173,7 @@ def test_a_lease_stays_in_its_process(make: Callable[..., shmpool.Pool], how: Ca
     assert pool.stats().connections["idle"] == 1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("setting", ["on_borrow", "on_return", "dial"])
 def test_callables_that_cannot_travel(make: Callable[..., shmpool.Pool], setting: str) -> None:
     pool = make(**{setting: lambda _: None})
@@ -179,6 +183,7 @@ def test_callables_that_cannot_travel(make: Callable[..., shmpool.Pool], setting
         pickle.dumps(pool)
 
 
+@pytest.mark.quick
 def test_a_closed_pool_does_not_travel(make: Callable[..., shmpool.Pool]) -> None:
     pool = make()
     pool.close()
@@ -186,6 +191,7 @@ def test_a_closed_pool_does_not_travel(make: Callable[..., shmpool.Pool]) -> Non
         pickle.dumps(pool)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("connections", [1, 1000])
 def test_a_pickle_holds_no_descriptor_for_a_connection(make: Callable[..., shmpool.Pool], connections: int) -> None:
     """forkserver takes 256 descriptors at most, and there may be many pickles."""
@@ -199,6 +205,7 @@ def test_a_pickle_holds_no_descriptor_for_a_connection(make: Callable[..., shmpo
     assert pickle.loads(pickles[0]) is pool
 
 
+@pytest.mark.quick
 def test_a_copy_is_the_pool(make: Callable[..., shmpool.Pool]) -> None:
     pool = make()
     assert copy.copy(pool) is copy.deepcopy(pool) is pool

@@ -243,6 +243,7 @@ def test_chain_reload(tmp_path: Path) -> None:
         assert not load.ledger.failed
 
 
+@pytest.mark.quick
 def test_without_a_master(tmp_path: Path) -> None:
     """The first worker is the process that made the pool; nobody replaces the others."""
     workers = 4
