@@ -351,6 +351,8 @@ class PoolConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> PoolConfig:
         """A configuration from settings by name; a list (JSON and TOML have no tuples) stands for a tuple."""
+        if not isinstance(values, Mapping):
+            raise InvalidConfig(field="config", value=values, remedy="must be settings by name: a dict")
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         defaults: dict[str, object] = {setting.name: setting.default for setting in fields(cls)}
         known = {name: value for name, value in given.items() if name in defaults}

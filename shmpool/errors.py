@@ -97,11 +97,14 @@ class InvalidConfig(PoolError, ValueError):
 
 @dataclass(eq=False, kw_only=True)
 class PoolClosed(PoolError):
-    """The pool has been closed, by this process or by another one."""
+    """The pool has been closed, by this process or by another one; or (`left`) this process has left it."""
 
     pool: str = ""
+    left: bool = False
 
     def _text(self) -> str:
+        if self.left:
+            return f"this process has left {_named('pool', self.pool)}, which others still use; join it again to use it"
         return f"{_named('pool', self.pool)} is closed; make a new Pool"
 
 

@@ -336,7 +336,7 @@ class Pool(_core.PoolBase):
         any time. Raises PoolClosed after close() or leave().
         """
         if self.closed:
-            raise PoolClosed(pool=self._name)
+            raise PoolClosed(pool=self._name, left=self._left())
         return self._recover()
 
     def maintain(self) -> None:
@@ -347,7 +347,7 @@ class Pool(_core.PoolBase):
         reached, PoolClosed after close().
         """
         if self.closed:
-            raise PoolClosed(pool=self._name)
+            raise PoolClosed(pool=self._name, left=self._left())
         self._recover()
         self._expire()
         self._close_stale()
@@ -360,9 +360,12 @@ class Pool(_core.PoolBase):
 
         Idle connections are retired at once, waiting calls get PoolClosed in every process, and so does each get() from
         now on. Leased connections stay with their holders and are retired at release; `timeout` seconds are spent
-        waiting for that. The pool's name is free when this returns. Closing a closed pool does nothing.
+        waiting for that. The pool's name is free when this returns. Closing a pool that is closed, or that this process
+        has left, does nothing.
         """
         deadline = time.monotonic() + timeout
+        if self._left():
+            return 0
         slab_id, _ = self._identity()
         self._shut()
         slab.remove_own(self._name, slab_id)
@@ -401,14 +404,14 @@ class Pool(_core.PoolBase):
 
     def __repr__(self) -> str:
         source = self._target.text if self._target else _name_of(self._config.dial)
-        state = "closed" if self.closed else "open"
+        state = "left" if self._left() else "closed" if self.closed else "open"
         return f"<shmpool.Pool {self._name!r} to {source}, {state}, max_connections={self._config.max_connections}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pool travels as its settings and the path at which its descriptors can be asked for. In a process that has
         the pool already, it is that one."""
         if self.closed:
-            raise PoolClosed(pool=self._name)
+            raise PoolClosed(pool=self._name, left=self._left())
         for setting, value in self._config.to_dict().items():
             if callable(value):
                 _check_picklable(setting, value)
@@ -518,7 +521,7 @@ class Pool(_core.PoolBase):
     def _error(self, kind: str, mask: int, waited: float, timeout: float) -> PoolError:
         """The exception for something the core cannot give."""
         if kind == "closed":
-            return PoolClosed(pool=self._name)
+            return PoolClosed(pool=self._name, left=self._left())
         if kind == "damaged":
             return SlabCorrupt(name=self._name, detail="a slot is in a state that does not exist")
         if kind == "descriptors":

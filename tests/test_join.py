@@ -788,6 +788,24 @@ def test_recover_takes_back_what_the_dead_held(company: Company, settings: dict[
         assert pool.recover() == 2
 
 
+def test_what_was_left_is_not_closed(settings: dict[str, Any], name: str) -> None:
+    with Pool(**settings) as stays:
+        leaver = attach(name)
+        number = use(leaver)
+        leaver.leave()
+        assert "left" in repr(leaver)
+        with pytest.raises(PoolClosed, match="has left") as caught:
+            leaver.get()
+        assert caught.value.left
+        assert leaver.close() == 0
+        leaver.leave()
+        assert not stays.closed
+        with attach(name) as again:
+            assert use(again) == number
+    with pytest.raises(PoolClosed, match=r"is closed|has left"):
+        leaver.get()
+
+
 # ---- other users ---------------------------------------------------------------------------------------------------
 
 

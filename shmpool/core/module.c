@@ -1713,6 +1713,13 @@ static PyObject *pool_identity(PoolObject *self, PyObject *unused)
     return Py_BuildValue("y#s", header->id, (Py_ssize_t)sizeof header->id, header->rendezvous);
 }
 
+/* _left() -> bool: this process has left the pool, which is open for others. */
+static PyObject *pool_left(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(self->made && self->finished && pool_is_open(&self->pool));
+}
+
 static PyObject *pool_is_open_(PoolObject *self, PyObject *unused)
 {
     (void)unused;
@@ -1835,6 +1842,7 @@ static PyMethodDef pool_methods[] = {
     {"_finish", FASTCALL(pool_finish), METH_NOARGS, NULL},
     {"_leave", FASTCALL(pool_leave_), METH_NOARGS, NULL},
     {"_unmake", FASTCALL(pool_unmake), METH_NOARGS, NULL},
+    {"_left", FASTCALL(pool_left), METH_NOARGS, NULL},
     {"_is_open", FASTCALL(pool_is_open_), METH_NOARGS, NULL},
     {"_counts", FASTCALL(pool_counts), METH_NOARGS, NULL},
     {"_open", FASTCALL(pool_open_), METH_VARARGS, NULL},
