@@ -337,7 +337,8 @@ class PoolConfig:
             InvalidConfig(
                 field=setting.name,
                 value=getattr(self, setting.name),
-                remedy=f"the pool {self.name!r} exists with {theirs[setting.name]!r}: all its processes need the same",
+                remedy=f"the pool {self.name!r} exists with {theirs[setting.name]!r}, and its processes share this "
+                "setting: give the same, choose another name, or attach() to take the pool's settings",
             )
             for setting in fields(self)
             if not setting.metadata["own"]

@@ -78,7 +78,9 @@ _CLOSE_POLL_S = 0.002
 JOIN_TIMEOUT_S = 10.0
 _FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 0.1, 0.5  # for the descriptors; members that run send them in a millisecond
 _JOIN_PAUSE_S = 0.002
-_WORKER_LIMIT = "the worker limit is reached: each process that uses the pool counts"
+_WORKER_LIMIT = (
+    "the worker limit is reached: each process that uses the pool counts, and each Pool it has made or joined"
+)
 
 # By id. A plain dict: a copy of its values is atomic, while a WeakSet cannot be walked while another thread adds to it.
 _pools: dict[int, weakref.ref[Pool]] = {}
@@ -199,7 +201,7 @@ class Pool(_core.PoolBase):
         capacities = (config.max_connections, config.max_workers, config.max_waiters)
         size, _, _ = _core.layout(*capacities)
         slab_id = os.urandom(16)
-        fd, path = slab.create(size)
+        fd, path = slab.create(size, config.max_connections)
         listener, socket_path = -1, ""
         handed_over = False
         try:

@@ -157,6 +157,7 @@ def sweep(living: set[bytes]) -> list[str]:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                     removed.append(os.path.join(where, name))
+        os.rmdir(where)  # if it is empty
     return removed
 
 

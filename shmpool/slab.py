@@ -46,7 +46,7 @@ def path_of(name: str) -> str:
     return os.path.join(DIRECTORY, prefix() + name)
 
 
-def create(size: int) -> tuple[int, str]:
+def create(size: int, connections: int) -> tuple[int, str]:
     """A zeroed segment of `size` bytes, its memory reserved, under a private name: its descriptor and path.
 
     Raises InvalidConfig when there is no room for it, or no shared memory at all.
@@ -55,7 +55,7 @@ def create(size: int) -> tuple[int, str]:
     try:
         fd = _shared_memory(os.path.basename(path), size)
     except OSError as error:
-        raise _no_room(size, error) from error
+        raise _no_room(size, connections, error) from error
     except BaseException:
         _remove(path)
         raise
@@ -65,7 +65,7 @@ def create(size: int) -> tuple[int, str]:
         os.close(fd)
         _remove(path)
         if isinstance(error, OSError):
-            raise _no_room(size, error) from error
+            raise _no_room(size, connections, error) from error
         raise
     return fd, path
 
@@ -85,18 +85,19 @@ def _shared_memory(name: str, size: int) -> int:
         raise OSError(errno.ENOENT, str(error)) from error
 
 
-def _no_room(size: int, error: OSError) -> InvalidConfig:
+def _no_room(size: int, connections: int, error: OSError) -> InvalidConfig:
     needed = f"the pool needs {size / 2**20:.1f} MiB of shared memory in {DIRECTORY}"
     try:
         there = os.statvfs(DIRECTORY)
         have = f"{there.f_bavail * there.f_frsize / 2**20:.1f} MiB are free"
     except OSError as absent:
         have = f"it cannot be used ({absent.strerror})"
-    remedy = (
-        f"{needed}, but {have} ({error.strerror}); lower max_connections, max_workers or max_waiters, "
-        "or give the machine or container more shared memory"
+    remedy = "lower max_workers (16 KiB each) or max_connections, or give the machine or container more shared memory"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        have, remedy = "it cannot be written to", "mount it so that this user may write there"
+    return InvalidConfig(
+        field="max_connections", value=connections, remedy=f"{needed}, but {have} ({error.strerror}); {remedy}"
     )
-    return InvalidConfig(field="max_connections", value=size, remedy=remedy)
 
 
 def publish(path: str, name: str) -> None:

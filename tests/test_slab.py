@@ -331,7 +331,7 @@ def test_a_full_dev_shm() -> None:
     output = in_namespace("mount -t tmpfs -o size=256k tmpfs /dev/shm", TRY_TO_MAKE)
     assert "0.2 MiB are free" in output, output
     assert "No space left" in output
-    assert "lower max_connections" in output
+    assert "lower max_workers" in output
     assert output.strip().endswith("OSError []"), "nothing is left"
 
 

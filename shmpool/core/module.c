@@ -429,7 +429,7 @@ static PyObject *lease_refuse(LeaseObject *lease)
     if (!lease->active)
         return expired(lease->id, "the lease is over (released, discarded or retired)");
     return expired(lease->id, lease_is_ours(lease) ? "it was taken away"
-                                                   : "it belongs to another process (a fork, or the pool was closed)");
+                                                   : "it belongs to another process (a fork), or this one has left the pool");
 }
 
 /* May the lease be used? Also sees that it was taken away. */
