@@ -423,6 +423,20 @@ MUTANTS = [
         "test_rendezvous",
     ),
     Mutant(
+        "one of two removers does not wait for the other",
+        "segment.c",
+        "REMOVER_TRIES = 100",
+        "REMOVER_TRIES = 1",
+        "test_segment",
+    ),
+    Mutant(
+        "remains are removed without a look whether anybody has them",
+        "segment.c",
+        "return byte_lock(fd, SHM_FAMILY_BYTE);",
+        "return true;",
+        "test_segment",
+    ),
+    Mutant(
         "a child keeps the descriptors of its parent's thread",
         "rendezvous.c",
         "    close_descriptors(door);\n    atomic_store",

@@ -11,6 +11,8 @@
 
 #include "slab.h"
 
+enum { REMOVER_TRIES = 100 }; /* 50 ms */
+
 static bool same_file(const struct stat *a, const struct stat *b) { return a->st_dev == b->st_dev && a->st_ino == b->st_ino; }
 
 /* May the slab of `fd` be removed? Its magic is that of every version; the rest of a foreign one is not read. From a yes about remains until
@@ -42,6 +44,18 @@ static void remove_socket(int fd)
     rmdir(path);
 }
 
+/* Another remover may find us still holding the family's byte, and we find it at work when we have let go: so one waits for the other, or
+ * the last two to leave would both leave the name. Not for ever: it may be stopped. */
+static bool become_remover(int fd)
+{
+    for (int tries = 0; tries < REMOVER_TRIES; tries++) {
+        if (byte_lock(fd, SHM_REMOVER_BYTE))
+            return true;
+        usleep(500);
+    }
+    return false;
+}
+
 bool segment_remove(const char *path, const uint8_t *id)
 {
     struct stat opened, named;
@@ -49,7 +63,7 @@ bool segment_remove(const char *path, const uint8_t *id)
     if (fd < 0)
         return errno == ENOENT;
     bool gone = false;
-    if (fstat(fd, &opened) == 0 && S_ISREG(opened.st_mode) && opened.st_uid == geteuid() && byte_lock(fd, SHM_REMOVER_BYTE)) {
+    if (fstat(fd, &opened) == 0 && S_ISREG(opened.st_mode) && opened.st_uid == geteuid() && become_remover(fd)) {
         if (lstat(path, &named))
             gone = errno == ENOENT;
         else if (same_file(&opened, &named) && may_go(fd, id)) {

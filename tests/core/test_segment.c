@@ -152,6 +152,26 @@ static void while_another_removes(void)
     end();
 }
 
+static void *lets_go(void *fd)
+{
+    usleep(2000);
+    close((int)(intptr_t)fd);
+    return NULL;
+}
+
+static void one_remover_waits_for_the_other(void)
+{
+    begin();
+    pool_free(pool_at_path(""));
+    pthread_t other;
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    CHECK(fd >= 0 && byte_lock(fd, SHM_REMOVER_BYTE)); /* it has looked already, while we still held the family's byte */
+    CHECK_EQ(pthread_create(&other, NULL, lets_go, (void *)(intptr_t)fd), 0);
+    CHECK(segment_remove(path, NULL) && !is_there(path));
+    pthread_join(other, NULL);
+    end();
+}
+
 static void nobody_joins_what_is_being_removed(void)
 {
     begin();
@@ -217,6 +237,45 @@ static void a_new_one_is_not_the_old_one(void)
     end();
 }
 
+/* Many leave at once: whoever is the last finds the name, whoever else looks at that moment. */
+enum { LEAVERS = 8 };
+static pthread_barrier_t together;
+static void *leaves(void *unused)
+{
+    (void)unused;
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    CHECK(fd >= 0 && family_join(fd));
+    pthread_barrier_wait(&together);
+    close(fd);
+    segment_remove(path, NULL);
+    return NULL;
+}
+
+static void the_last_of_many_removes_it(void)
+{
+    begin();
+    for (int turn = 0; turn < 200; turn++) {
+        pthread_t leavers[LEAVERS];
+        struct slab_layout layout;
+        struct slab_identity who = play_identity();
+        static struct slab slab;
+        CHECK(slab_layout(&layout, 1, 1, 1));
+        void *bytes = calloc(1, layout.total_size);
+        CHECK(bytes);
+        slab_format_new(&slab, bytes, &layout, &who);
+        write_file(bytes, 8192);
+        free(bytes);
+        CHECK_EQ(pthread_barrier_init(&together, NULL, LEAVERS), 0);
+        for (int i = 0; i < LEAVERS; i++)
+            CHECK_EQ(pthread_create(&leavers[i], NULL, leaves, NULL), 0);
+        for (int i = 0; i < LEAVERS; i++)
+            pthread_join(leavers[i], NULL);
+        pthread_barrier_destroy(&together);
+        CHECK(!is_there(path));
+    }
+    end();
+}
+
 enum ending { BY_EXIT, BY_UNDERSCORE_EXIT, BY_EXIT_AFTER_LEAVE };
 
 static void ends(enum ending how, bool child_lives, bool stays)
@@ -263,8 +322,10 @@ int main(void)
     RUN(what_is_no_slab_stays);
     RUN(cut_after_the_magic);
     RUN(while_another_removes);
+    RUN(one_remover_waits_for_the_other);
     RUN(nobody_joins_what_is_being_removed);
     RUN(a_new_one_is_not_the_old_one);
+    RUN(the_last_of_many_removes_it);
     RUN(last_one_exits);
     RUN(one_exits_and_another_lives);
     RUN(ends_without_a_word);
