@@ -10,7 +10,7 @@
 #include "play.h"
 #include "segment.h"
 
-static char where[] = "/dev/shm/shmpool-check-XXXXXX", path[128], door[128];
+static char beside[96], where[128], path[160], door[160]; /* beside this program: what an abort leaves goes with it */
 
 static bool is_there(const char *name)
 {
@@ -20,7 +20,7 @@ static bool is_there(const char *name)
 
 static void begin(void)
 {
-    strcpy(strrchr(where, '-'), "-XXXXXX");
+    snprintf(where, sizeof where, "%s/segment-XXXXXX", beside);
     CHECK(mkdtemp(where));
     snprintf(path, sizeof path, "%s/slab", where);
     snprintf(door, sizeof door, "%s/door", where);
@@ -213,7 +213,7 @@ static void a_new_one_is_not_the_old_one(void)
     for (int i = 0; i < 2; i++)
         CHECK_EQ(pthread_create(&removers[i], NULL, removes, NULL), 0);
     for (int turn = 0; turn < 300; turn++) { /* dead, dead, ..., and then one with another id, which must stay */
-        char private[160];
+        char private[192];
         bool stays = turn % 3 == 2;
         memset(bytes, 0, layout.total_size);
         who.id = stays ? its_id : play_identity().id;
@@ -313,8 +313,11 @@ static void one_exits_and_another_lives(void) { ends(BY_EXIT, true, true); }
 static void ends_without_a_word(void) { ends(BY_UNDERSCORE_EXIT, false, true); }
 static void left_before(void) { ends(BY_EXIT_AFTER_LEAVE, false, true); } /* the program's own affair */
 
-int main(void)
+int main(int count, char **arguments)
 {
+    const char *last = count ? strrchr(arguments[0], '/') : NULL;
+    bool fits = last && last - arguments[0] < 70; /* with a socket's name behind it */
+    snprintf(beside, sizeof beside, "%.*s", fits ? (int)(last - arguments[0]) : 8, fits ? arguments[0] : "/dev/shm");
     RUN(the_living_keep_theirs);
     RUN(by_id);
     RUN(the_socket_goes_along);
