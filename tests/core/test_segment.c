@@ -316,7 +316,7 @@ static void left_before(void) { ends(BY_EXIT_AFTER_LEAVE, false, true); } /* the
 int main(int count, char **arguments)
 {
     const char *last = count ? strrchr(arguments[0], '/') : NULL;
-    bool fits = last && last - arguments[0] < 70; /* with a socket's name behind it */
+    bool fits = last && last - arguments[0] < 86; /* with a socket's name behind it */
     snprintf(beside, sizeof beside, "%.*s", fits ? (int)(last - arguments[0]) : 8, fits ? arguments[0] : "/dev/shm");
     RUN(the_living_keep_theirs);
     RUN(by_id);
