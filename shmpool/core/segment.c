@@ -80,9 +80,12 @@ bool segment_remove(const char *path, const uint8_t *id)
 static void remove_names(void)
 {
     for (struct seat *seat = seat_first(); seat; seat = seat->next) {
+        struct stat status;
         int slab_fd = atomic_load_explicit(&seat->fd, memory_order_acquire) >= 0 ? seat->slab_fd : -1;
         if (slab_fd < 0)
             continue; /* not registered here: left, or never begun in this process */
+        if (fstat(slab_fd, &status) || status.st_ino != seat->inode)
+            continue; /* the program has closed it, and may have its log there: it is written after this */
         close(slab_fd); /* else it is we who hold it */
         segment_remove(seat->path, NULL);
     }

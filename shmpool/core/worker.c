@@ -1,6 +1,6 @@
 /* worker.c: seats, byte locks and the page that a fork wipes. See worker.h.
  *
- * Registration itself stands in pool.c (pool_register), because it sweeps (recovery.c) and fills the handle.
+ * Registration itself stands in pool.c (pool_join), because it sweeps (recovery.c) and fills the handle.
  */
 #include "worker.h"
 

@@ -308,6 +308,29 @@ static void ends(enum ending how, bool child_lives, bool stays)
     end();
 }
 
+/* Its number is used again, for something that is written to when the process ends. */
+static void exits_after_closing_the_slab(void)
+{
+    char log[192], text[8] = "";
+    begin();
+    snprintf(log, sizeof log, "%s/log", where);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        struct pool *pool = pool_at_path("");
+        int fd = open(log, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+        CHECK(fd >= 0 && dup2(fd, pool->slab_fd) == pool->slab_fd);
+        fputs("kept", fdopen(pool->slab_fd, "w"));
+        exit(0);
+    }
+    int status, fd = -1;
+    CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK((fd = open(log, O_RDONLY | O_CLOEXEC)) >= 0 && read(fd, text, 4) == 4 && !strcmp(text, "kept"));
+    close(fd);
+    unlink(log);
+    end();
+}
+
 static void last_one_exits(void) { ends(BY_EXIT, false, false); }
 static void one_exits_and_another_lives(void) { ends(BY_EXIT, true, true); }
 static void ends_without_a_word(void) { ends(BY_UNDERSCORE_EXIT, false, true); }
@@ -333,5 +356,6 @@ int main(int count, char **arguments)
     RUN(one_exits_and_another_lives);
     RUN(ends_without_a_word);
     RUN(left_before);
+    RUN(exits_after_closing_the_slab);
     return 0;
 }
