@@ -29,10 +29,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
+import pytest
+
 import shmpool
 from shmpool import Pool, PoolClosed, slab
 from tests.processes import TIMEOUT_S, Family, Latch, lease_every_slot, ready, until, use
-from tests.servers import exclusive_use
+from tests.servers import ExclusiveServer, exclusive_use
 
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
@@ -548,6 +550,23 @@ class Runtime:
 def halves_of(pids: list[int]) -> list[str]:
     """Segments under private names that these processes left."""
     return [path.name for pid in pids for path in Path(slab.DIRECTORY).glob(f"{slab.prefix()}.{pid}-*")]
+
+
+def proving(server: ExclusiveServer) -> Iterator[ExclusiveServer]:
+    """For a fixture: no connection of the test has two users, none is left at the server."""
+    server.close_connections()
+    server.reset_stats()
+    yield server
+    until(lambda: server.stats()["open"] == 0, "every connection is closed")
+    figures = server.stats()
+    assert figures["violations"] == 0, figures["violation_log"]
+
+
+def own_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    """For a fixture: a runtime directory of the test's own."""
+    with Runtime() as runtime:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime.path))
+        yield runtime
 
 
 def can_copy_descriptors() -> bool:

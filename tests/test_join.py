@@ -54,6 +54,8 @@ from tests.joining import (
     lease_once,
     make,
     members,
+    own_runtime,
+    proving,
     segment_of,
     socket_of,
 )
@@ -73,18 +75,12 @@ def one_server() -> Iterator[ExclusiveServer]:
 @pytest.fixture
 def server(one_server: ExclusiveServer) -> Iterator[ExclusiveServer]:
     """The server of all tests here; each proves that no connection had two users, and leaves none open."""
-    one_server.reset_stats()
-    yield one_server
-    until(lambda: one_server.stats()["open"] == 0, "every connection is closed")
-    figures = one_server.stats()
-    assert figures["violations"] == 0, figures["violation_log"]
+    yield from proving(one_server)
 
 
 @pytest.fixture(autouse=True)
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
-    with Runtime() as runtime:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime.path))
-        yield runtime
+    yield from own_runtime(monkeypatch)
 
 
 @pytest.fixture

@@ -28,7 +28,19 @@ import pytest
 import shmpool
 from shmpool import Pool, PoolClosed, slab
 from tests import joining
-from tests.joining import Company, Runtime, Way, Worker, fresh_name, identity, lease_once, make, segment_of
+from tests.joining import (
+    Company,
+    Runtime,
+    Way,
+    Worker,
+    fresh_name,
+    identity,
+    lease_once,
+    make,
+    own_runtime,
+    proving,
+    segment_of,
+)
 from tests.processes import LONG, lease_every_slot, until, use
 from tests.servers import ExclusiveServer, Kind
 
@@ -57,21 +69,9 @@ def tcp_server(servers: dict[Kind, ExclusiveServer]) -> Iterator[ExclusiveServer
     yield from proving(servers["tcp4"])
 
 
-def proving(server: ExclusiveServer) -> Iterator[ExclusiveServer]:
-    """No connection of the test has two users, none is left at the server."""
-    server.close_connections()
-    server.reset_stats()
-    yield server
-    until(lambda: server.stats()["open"] == 0, "every connection is closed")
-    figures = server.stats()
-    assert figures["violations"] == 0, figures["violation_log"]
-
-
 @pytest.fixture(autouse=True)
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
-    with Runtime() as runtime:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime.path))
-        yield runtime
+    yield from own_runtime(monkeypatch)
 
 
 @pytest.fixture

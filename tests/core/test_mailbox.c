@@ -1,5 +1,4 @@
 /* test_mailbox.c: letters reach everyone and stay; what does not fit is refused, and nothing leaks. */
-#include <dirent.h>
 #include <fcntl.h>
 #include <stddef.h>
 #include <sys/resource.h>
@@ -8,21 +7,11 @@
 #include <sys/wait.h>
 
 #include "play.h"
+#include "sets.h"
 
 static const uint8_t id[16] = "slab of a test..", other_id[16] = "another one.....";
 static int mailbox, ends[2];
 static struct letter letter;
-
-static int open_descriptors(void)
-{
-    int count = 0;
-    DIR *listing = opendir("/proc/self/fd");
-    CHECK(listing);
-    while (readdir(listing))
-        count++;
-    closedir(listing);
-    return count;
-}
 
 static void begin(void)
 {
@@ -50,7 +39,7 @@ static void peeked_again_and_again(void)
     begin();
     CHECK_EQ(mailbox_peek(mailbox, id, 3, 9, &letter), MAILBOX_NONE); /* empty */
     CHECK_EQ(mailbox_deposit(mailbox, id, 3, 9, ends[0], "hello", 5), 0);
-    int before = open_descriptors();
+    int before = sets_open_descriptors();
     for (int i = 0; i < 5; i++) {
         int fd = mailbox_peek(mailbox, id, 3, 9, &letter);
         CHECK(fd >= 0 && same_file(fd, ends[0]) && (fcntl(fd, F_GETFD) & FD_CLOEXEC));
@@ -58,11 +47,11 @@ static void peeked_again_and_again(void)
         CHECK(!memcmp(letter.note, "hello", 5));
         close(fd);
     }
-    CHECK_EQ(open_descriptors(), before);
+    CHECK_EQ(sets_open_descriptors(), before);
     mailbox_drain(mailbox);
     CHECK_EQ(mailbox_peek(mailbox, id, 3, 9, &letter), MAILBOX_NONE);
     mailbox_drain(mailbox); /* nothing there: nothing done */
-    CHECK_EQ(open_descriptors(), before);
+    CHECK_EQ(sets_open_descriptors(), before);
     end();
 }
 
@@ -106,12 +95,12 @@ static void letters_of_others(void)
 {
     begin();
     CHECK_EQ(mailbox_deposit(mailbox, id, 3, 9, ends[0], NULL, 0), 0);
-    int before = open_descriptors();
+    int before = sets_open_descriptors();
     CHECK_EQ(mailbox_peek(mailbox, other_id, 3, 9, &letter), MAILBOX_NONE);
     CHECK_EQ(mailbox_peek(mailbox, id, 4, 9, &letter), MAILBOX_NONE);
     CHECK_EQ(mailbox_peek(mailbox, id, 3, 10, &letter), MAILBOX_NONE);
     CHECK_EQ(mailbox_peek(mailbox, id, 3, 0, &letter), MAILBOX_NONE);
-    CHECK_EQ(open_descriptors(), before); /* the refused descriptor is closed each time */
+    CHECK_EQ(sets_open_descriptors(), before); /* the refused descriptor is closed each time */
     end();
 }
 
@@ -145,12 +134,12 @@ static size_t genuine(struct letter *copy)
 
 static void refused(const void *bytes, size_t size, const int *fds, size_t count)
 {
-    int before = open_descriptors();
+    int before = sets_open_descriptors();
     put(bytes, size, fds, count);
     CHECK_EQ(mailbox_peek(mailbox, id, 3, 9, &letter), MAILBOX_NONE);
-    CHECK_EQ(open_descriptors(), before);
+    CHECK_EQ(sets_open_descriptors(), before);
     mailbox_drain(mailbox);
-    CHECK_EQ(open_descriptors(), before);
+    CHECK_EQ(sets_open_descriptors(), before);
 }
 
 static void letters_that_do_not_fit(void)
@@ -159,7 +148,7 @@ static void letters_that_do_not_fit(void)
     int many[200];
     begin();
     size_t size = genuine(&copy);
-    int before = open_descriptors();
+    int before = sets_open_descriptors();
     put(&copy, size, ends, 1);
     int fd = mailbox_peek(mailbox, id, 3, 9, &letter); /* the copy by hand is right ... */
     CHECK(fd >= 0);
@@ -184,7 +173,7 @@ static void letters_that_do_not_fit(void)
     refused(&changed, size, ends, 1);
     changed.head.note_size = UINT32_MAX;
     refused(&changed, size, ends, 1);
-    CHECK_EQ(open_descriptors(), before);
+    CHECK_EQ(sets_open_descriptors(), before);
     end();
 }
 
