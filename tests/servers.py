@@ -458,6 +458,7 @@ class _Exclusive:
         self.control = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.epoll.register(self.control, select.EPOLLIN)
         self.listener: socket.socket | None = None
+        self.holder: socket.socket | None = None  # keeps the TCP port ours while nobody listens there
         self.open_listener()
 
     def zero(self) -> None:
@@ -480,6 +481,7 @@ class _Exclusive:
             sock = socket.socket(family, socket.SOCK_DGRAM if self.udp else socket.SOCK_STREAM)
             if not self.udp:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self.hold_port(family)
             sock.bind((HOSTS[self.kind], self.port))
             self.port = sock.getsockname()[1]
         if not self.udp:
@@ -487,6 +489,14 @@ class _Exclusive:
         sock.setblocking(False)
         self.listener = sock
         self.epoll.register(sock, select.EPOLLIN)
+
+    def hold_port(self, family: int) -> None:
+        """Else another server of another test may get it while we refuse, and does not."""
+        if self.holder is None:
+            self.holder = socket.socket(family)
+            self.holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.holder.bind((HOSTS[self.kind], 0))
+            self.port = self.holder.getsockname()[1]
 
     def close_listener(self) -> None:
         if self.listener is not None:
