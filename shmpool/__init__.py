@@ -33,6 +33,7 @@ from .errors import (
     SlabCorrupt,
     SlabVersionMismatch,
 )
+from .hooks import ClosedConnection, LeakReport
 from .inspector import inspect, list_pools
 from .pool import Pool, attach, pools
 from .stats import PoolStats
@@ -40,12 +41,14 @@ from .stats import PoolStats
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClosedConnection",
     "DescriptorsLost",
     "DialError",
     "DialRequest",
     "ForeignUser",
     "IPVersion",
     "InvalidConfig",
+    "LeakReport",
     "LeaseExpired",
     "NoConnectionForIPVersion",
     "NoConnectionForProtocol",

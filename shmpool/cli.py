@@ -1,11 +1,14 @@
-"""The command line: `shmpool list`, `stats`, `top`, `doctor`, `unlink`, `demo`; also `python -m shmpool`.
+"""The command line: `shmpool list`, `stats`, `top`; `pause`, `resume`, `drain`, `resize`, `evict`, `recover`, `close`;
+`doctor`, `unlink`, `demo`. Also `python -m shmpool`.
 
-A command looks at a pool through `inspector`, turns its `PoolStats` into `View`s (rows of texts, some in a style), and
-shows those: as plain lines, or, for `top` on a terminal, as a live picture with `rich`. Without `rich` all of it still
-works, as plain lines. Results go to standard output and errors to standard error; the exit status is 0, or 1 when the
-command could not be done, or 2 when it was not understood.
+A command that looks at a pool does it through `inspector`, turns its `PoolStats` into `View`s (rows of texts, some in a
+style), and shows those: as plain lines, or, for `top` on a terminal, as a live picture with `rich`. Without `rich` all
+of it still works, as plain lines. One that changes a pool calls the function of its name in `steering`, and says in one
+line what has happened and what that means. Results go to standard output and errors to standard error; the exit
+status is 0, or 1 when the command could not be done, or 2 when it was not understood.
 
-Not here: what the figures mean (`stats`), what is safe to open or to remove (`inspector`), the demonstration (`demo`).
+Not here: what the figures mean (`stats`), what is safe to open or to remove (`inspector`), what a change does
+(`steering`), the demonstration (`demo`).
 """
 
 from __future__ import annotations
@@ -17,15 +20,17 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from . import __version__, slab
+from . import __version__, slab, steering
 from .errors import InvalidConfig, PoolError, PoolNotFound
 from .inspector import Inspector, PoolInfo, inspect, list_pools, unlink
+from .sockets import pack_peer
 from .stats import FAILURES, STATES, ConnectionStats, PoolStats, WorkerStats
 
 if TYPE_CHECKING:
@@ -35,6 +40,9 @@ __all__ = ["main"]
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 ROWS_MAX = 50  # of a table that is printed and not cut to a screen
+
+
+_Command = Callable[[argparse.Namespace], int]
 
 
 class _Refusal(Exception):
@@ -47,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character of ours gets a "?" for it
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
+    command: _Command = options.command
     try:
         status = command(options)
         sys.stdout.flush()
@@ -73,6 +81,8 @@ def _complain(text: str, status: int) -> int:
 
 
 def _with_the_names_there_are(error: PoolNotFound) -> str:
+    if type(error) is not PoolNotFound:  # it knows more than that
+        return str(error)
     names = ", ".join(info.name for info in list_pools())
     return f"there is no pool {error.name!r} of this user; {f'there are: {names}' if names else 'there is none at all'}"
 
@@ -83,33 +93,23 @@ def _with_the_names_there_are(error: PoolNotFound) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shmpool",
-        description="Look at the connection pools of this host's worker processes, without touching them.",
+        description="Look at the connection pools of this host's worker processes, and steer them while they run.",
+        epilog="Looking changes nothing and slows nobody. What changes a pool holds for all its processes, at once. "
+        "More on each: shmpool COMMAND --help",
     )
     parser.add_argument("--version", action="version", version=f"shmpool {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+    def add(name: str, command: _Command, about: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}. {more}".strip())
         added.set_defaults(command=command)
         return added
 
-    def name_of(added: argparse.ArgumentParser) -> None:
-        added.add_argument("name", metavar="NAME", nargs="?", help="the pool; may be left out when there is just one")
-
-    listing = add("list", _list, "list the pools of this user")
-    listing.add_argument("--json", action="store_true", help="as JSON")
-
-    stats = add("stats", _stats, "print all figures of a pool")
-    name_of(stats)
-    stats.add_argument("--json", action="store_true", help="as JSON")
-
-    top = add("top", _top, "show a pool at work; Ctrl-C ends it")
-    name_of(top)
-    top.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (default 1)")
-    top.add_argument("--once", action="store_true", help="print one look, over one interval, and end")
+    _add_looking(add)
+    _add_steering(add)
 
     doctor = add("doctor", _doctor, "remove what dead pools of this user left behind, and name what is damaged")
-    doctor.add_argument("--json", action="store_true", help="as JSON")
+    _add_json(doctor)
 
     unlinking = add("unlink", _unlink, "remove a pool that no process uses any more")
     unlinking.add_argument("name", metavar="NAME", help="the pool")
@@ -124,6 +124,97 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Add(Protocol):
+    """Adds a command: its name, its function, what it does as a phrase, and more of that in sentences."""
+
+    def __call__(self, name: str, command: _Command, about: str, more: str = "") -> argparse.ArgumentParser: ...
+
+
+def _add_json(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_looking(add: _Add) -> None:
+    def name_of(added: argparse.ArgumentParser) -> None:
+        added.add_argument("name", metavar="NAME", nargs="?", help="the pool; may be left out when there is just one")
+
+    _add_json(add("list", _list, "list the pools of this user"))
+
+    stats = add("stats", _stats, "print all figures of a pool")
+    name_of(stats)
+    _add_json(stats)
+
+    top = add("top", _top, "show a pool at work; Ctrl-C ends it")
+    name_of(top)
+    top.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (default 1)")
+    top.add_argument("--once", action="store_true", help="print one look, over one interval, and end")
+
+
+def _add_steering(add: _Add) -> None:
+    """The commands that change a pool; none guesses which."""
+
+    def on_a_pool(name: str, command: _Command, about: str, more: str = "") -> argparse.ArgumentParser:
+        added = add(name, command, about, more)
+        added.add_argument("name", metavar="NAME", help="the pool")
+        _add_json(added)
+        return added
+
+    on_a_pool(
+        "pause",
+        _pause,
+        "give nothing out until resume: callers wait",
+        "They wait at most their timeout. Connections in use stay in use, and are returned as always.",
+    )
+    on_a_pool("resume", _resume, "go on after pause or drain")
+    drain = on_a_pool(
+        "drain",
+        _drain,
+        "let what is under way finish, and refuse the rest",
+        "Who waits already is served, later calls get PoolClosed; idle connections end, those in use when they are "
+        "returned. The exit status is 1 when some are still in use after the timeout; the pool drains on.",
+    )
+    drain.add_argument(
+        "--timeout", type=_seconds, default=30.0, metavar="S", help="how long to wait for it (default 30 seconds)"
+    )
+    resizing = on_a_pool(
+        "resize",
+        _resize,
+        "change how many connections a pool may have",
+        "A larger number serves waiting callers at once. With a smaller one idle connections end, and those in use "
+        "when they are returned, until no more are left than that.",
+    )
+    resizing.add_argument("connections", type=int, metavar="N", help="from its min_connections to its resize_limit")
+    evicting = on_a_pool(
+        "evict",
+        _evict,
+        "end connections: all idle ones, one, or those to one peer",
+        "New ones are opened as they are needed.",
+    )
+    evicting.add_argument("--id", type=int, metavar="N", help="the connection of this number, in use or not")
+    evicting.add_argument(
+        "--peer", type=_peer, metavar="ADDRESS[:PORT]", help="connections to this peer, in use or not"
+    )
+    evicting.add_argument("--leased", action="store_true", help="also those in use: they end when they are returned")
+    recover = on_a_pool(
+        "recover",
+        _recover,
+        "see that what dead processes held is taken back",
+        "Nobody has to: whoever needs a connection does it. The exit status is 1 when it is not done in time.",
+    )
+    recover.add_argument(
+        "--timeout", type=_seconds, default=10.0, metavar="S", help="how long to wait for it (default 10 seconds)"
+    )
+    closing = on_a_pool(
+        "close",
+        _close,
+        "close a pool for all its processes, and free its name",
+        "Waiting and later calls get PoolClosed; idle connections end, those in use when they are returned.",
+    )
+    closing.add_argument(
+        "--timeout", type=_seconds, metavar="S", help="wait so long for those in use; status 1 when some are left"
+    )
+
+
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value <= 86400:
@@ -136,6 +227,21 @@ def _count(text: str) -> int:
     if not 1 <= value <= 64:
         raise argparse.ArgumentTypeError("must be from 1 to 64")
     return value
+
+
+def _peer(text: str) -> tuple[str, int] | str:
+    """1.2.3.4, 1.2.3.4:5, ::1, [::1] or [::1]:5."""
+    found = re.fullmatch(r"\[(?P<six>[^]]*)\](:(?P<port>[0-9]+))?|(?P<four>[^:]*):(?P<port4>[0-9]+)", text)
+    peer: tuple[str, int] | str = text
+    if found:
+        address, port = found["six"] or found["four"] or "", found["port"] or found["port4"]
+        peer = (address, int(port)) if port else address
+    try:
+        pack_peer(peer)
+    except ValueError:
+        remedy = "is no address, nor ADDRESS:PORT; names of hosts are not looked up"
+        raise argparse.ArgumentTypeError(f"{text!r} {remedy}") from None
+    return peer
 
 
 _seconds.__name__, _count.__name__ = "number of seconds", "number"  # as argparse calls what cannot be converted
@@ -194,6 +300,86 @@ def _looks(inspector: Inspector, interval: float) -> Iterator[list[View]]:
         if now.state == "closed" or not alive:
             return
         before = now
+
+
+def _pause(options: argparse.Namespace) -> int:
+    name = options.name
+    new = steering.pause(name)
+    text = f"{name} {'is paused' if new else 'was paused already'}: callers wait until `shmpool resume {name}`"
+    return _tell(options, text, state="paused", changed=new)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    new = steering.resume(options.name)
+    text = f"{options.name} {'is open again: callers are served' if new else 'was open already'}"
+    return _tell(options, text, state="open", changed=new)
+
+
+def _drain(options: argparse.Namespace) -> int:
+    name = options.name
+    left = steering.drain(name, options.timeout)
+    try:
+        with inspect(name) as inspector:
+            stats = inspector.stats()
+        state, still_open = stats.state, stats.open
+    except PoolNotFound:  # its processes have ended, as they may when it is drained
+        state, still_open = "closed", 0
+    after = f"callers get PoolClosed until `shmpool resume {name}`"
+    if state not in ("draining", "closed"):
+        text = f"{name} is not drained: somebody has made it {state} meanwhile; {_connections(left)} in use"
+    elif left:
+        text = f"{name} still drains: {_connections(left)} in use after {options.timeout:g} s; {after}"
+    else:
+        idle = f", {_connections(still_open)} idle" if still_open else ""
+        text = f"{name} is drained: nothing is in use{idle}; {after}"
+    status = FAILED if left or state not in ("draining", "closed") else 0
+    return _tell(options, text, status, state=state, leases_left=left, open=still_open)
+
+
+def _resize(options: argparse.Namespace) -> int:
+    before = steering.resize(options.name, options.connections)
+    with inspect(options.name) as inspector:
+        surplus = max(0, inspector.stats().open - options.connections)
+    text = f"{options.name} may have {_connections(options.connections)}, before {before}"
+    if surplus:
+        text += f"; {surplus} more {'is' if surplus == 1 else 'are'} open, and end when they are idle or returned"
+    return _tell(options, text, max_connections=options.connections, before=before, surplus=surplus)
+
+
+def _evict(options: argparse.Namespace) -> int:
+    found = steering.evict(options.name, options.id, options.peer, leased=options.leased)
+    if not found:
+        text = f"{options.name} has no such connection"
+    else:
+        in_use = options.leased or options.id is not None or options.peer is not None
+        when = "those in use end when they are returned, idle ones now" if in_use else "nobody gets them any more"
+        text = f"evicted {_connections(found)} of {options.name}: {when}"
+    return _tell(options, text, evicted=found)
+
+
+def _recover(options: argparse.Namespace) -> int:
+    dead = steering.recover(options.name, options.timeout)
+    processes = f"{dead} dead process{'' if dead == 1 else 'es'}"
+    text = f"recovered what {processes} of {options.name} held" if dead else f"no process of {options.name} has died"
+    return _tell(options, text, recovered=dead)
+
+
+def _close(options: argparse.Namespace) -> int:
+    left = steering.close(options.name, options.timeout or 0.0)
+    text = f"{options.name} is closed: callers get PoolClosed, the name is free"
+    if left:
+        text += f"; {_connections(left)} in use, which end when they are returned"
+    return _tell(options, text, FAILED if left and options.timeout else 0, state="closed", leases_left=left)
+
+
+def _tell(options: argparse.Namespace, text: str, status: int = 0, **figures: object) -> int:
+    """What has happened, in words or as JSON."""
+    print(json.dumps({"name": options.name, **figures}, indent=2) if options.json else text)
+    return status
+
+
+def _connections(count: int) -> str:
+    return f"{count} connection{'' if count == 1 else 's'}"
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -282,8 +468,9 @@ def pools_view(pools: Iterable[PoolInfo]) -> View:
         if info.error:
             view.add(info.name, "damaged", "", "", size, "", info.error, style="red")
         else:
-            state = info.state if info.alive else "dead"
-            style = "" if info.alive else "dim"
+            down = ", server down" if info.upstream in _DOWN else ""
+            state = info.state + down if info.alive else "dead"
+            style = "dim" if not info.alive else "" if state == "open" else "yellow"
             cells = (info.name, state, str(info.pid), str(info.max_connections), size, created, info.target)
             view.add(*cells, style=style)
     return view
@@ -298,9 +485,14 @@ def head_view(now: PoolStats, *, alive: bool = True) -> View:
     """One line: which pool this is."""
     view = View(left=frozenset({0}))
     age = time_text(time.time() - now.created_at)
-    state = now.state if alive or now.state == "closed" else "dead: no process has it any more"
+    dead = not alive and now.state != "closed"
+    state = "dead: no process has it any more" if dead else _STATES.get(now.state, now.state)
     view.add(f"{now.name}  {now.target}  {state}  {age} old", style="bold")
     return view
+
+
+_STATES = {"paused": "paused: callers wait", "draining": "draining: callers are refused"}
+_DOWN = ("down", "probing")
 
 
 def summary_view(now: PoolStats, change: PoolStats) -> View:
@@ -308,12 +500,20 @@ def summary_view(now: PoolStats, change: PoolStats) -> View:
     view = View(left=frozenset({0, 1}))
     states = [f"{count} {state}" for state, count in now.connections.items() if count and state != "empty"]
     view.add("connections", f"{gauge(now)} {_list_of(states, 'none open')} of {now.max_connections}")
+    if now.upstream in _DOWN:
+        view.add("server", _outage(now), style="red")
+    if not now.prewarm_done and now.open < now.prewarm_target:
+        view.add("prewarming", f"{now.open} of {now.prewarm_target} are open", style="yellow")
+    elif now.prewarm_failed and now.open < now.prewarm_target:
+        began = f"began with {now.prewarm_created} of {now.prewarm_target}"
+        view.add("prewarming", f"{began}: {count_text(now.prewarm_failed)} could not be opened", style="yellow")
     sources = {
         "own cache": change.hits,
         "shared list": change.freelist,
         "stolen": change.steals,
         "handed over": change.handovers,
-        "dialled": change.dials,
+        "new": change.dials,
+        "spoke again": change.spoken,
     }
     shares = [f"{share_text(count, change.successes)} {source}" for source, count in sources.items() if count]
     view.add("leases", f"{_rate(change, change.successes)}/s: {_list_of(shares, 'none')}")
@@ -333,6 +533,12 @@ def summary_view(now: PoolStats, change: PoolStats) -> View:
     return view
 
 
+def _outage(now: PoolStats) -> str:
+    retry = "one dial is under way" if now.upstream == "probing" else f"next dial in {time_text(now.upstream_retry_in)}"
+    why = f": {now.upstream_error}" if now.upstream_error else ""
+    return f"down for {time_text(now.upstream_down_for)}, {retry}{why}"
+
+
 def _opened(now: PoolStats) -> str:
     reasons = [f"{count_text(count)} {reason.replace('_', ' ')}" for reason, count in now.closed.items() if count]
     opened = f"{count_text(now.created)}, of {count_text(now.reuse_average)} leases each"
@@ -345,6 +551,8 @@ def _troubles(now: PoolStats) -> list[str]:
         "dead workers": now.recoveries,
         "leases taken back": now.recovered_leases,
         "leaks": now.leaks,
+        "leases overdue": now.overdue_leases,
+        "failed checks": now.health_failures,
         "failed deposits": now.failed_deposits,
     }
     return [f"{what} {count_text(count)}" for what, count in counts.items() if count]

@@ -1,12 +1,14 @@
 """Opening one connection to a `Target`: resolve the name, try its addresses in turn, all within one timeout.
 
-What: `DialRequest` (what a `dial` is asked for), `dial_target` (the dial of a pool that was given a target) and
-`buckets_of` (the kinds of connection a target can ever give).
+What: `DialRequest` (what a `dial` is asked for), `dial_target` (the dial of a pool that was given a target),
+`set_options` (the options of each socket that the pool opens itself) and `buckets_of` (the kinds of connection a
+target can ever give).
 
 Invariants: a socket that is not returned is closed, whatever is raised meanwhile; a returned one is connected, not
 inheritable and has the pool's timeout; a numeric host is never looked up. All waiting is in plain socket calls: they
-let other threads run, and a signal handler that raises ends them. The one exception is the resolver of libc, which
-has its own timeouts and runs handlers only when it is done.
+let other threads run, and a signal handler that raises ends them; so does shutdown() of the connecting socket, by
+whatever thread or process that has it. The one exception is the resolver of libc, which has its own timeouts and runs
+handlers only when it is done.
 
 Not here: retries, backoff and the permit to dial (`pool`), and protocols spoken on the connection.
 """
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -25,11 +29,12 @@ from typing import Any, NamedTuple
 from .config import IPVersion, PoolConfig, Protocol, Target
 from .errors import DialError, NoConnectionForIPVersion, NoConnectionForProtocol
 
-__all__ = ["DialRequest", "buckets_of", "dial_target"]
+__all__ = ["DialRequest", "buckets_of", "dial_target", "set_options"]
 
 _FAMILIES = {IPVersion.V4: socket.AF_INET, IPVersion.V6: socket.AF_INET6}
 _VERSIONS: dict[int, IPVersion] = {family: version for version, family in _FAMILIES.items()}
 _KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM, Protocol.UNIX: socket.SOCK_STREAM}
+_KEEPALIVE_OPTIONS = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ class DialRequest:
     attempt: int = 1
     # Called by dial_target with each socket before it connects: the pool puts the descriptor where it outlives us.
     _predeposit: Callable[[socket.socket], None] | None = field(default=None, repr=False, compare=False)
+    # Which of the addresses is tried first; the pool counts it on, so that its connections spread over all of them.
+    _rotation: int = field(default=0, repr=False, compare=False)
 
 
 class _Address(NamedTuple):
@@ -65,10 +72,12 @@ def buckets_of(target: Target) -> set[tuple[Protocol, IPVersion | None]]:
 
 
 def dial_target(target: Target, request: DialRequest, config: PoolConfig) -> socket.socket:
-    """A socket connected to the first address of `target` that answers.
+    """A socket connected to the first address of `target` that answers, beginning with the one whose turn it is.
 
     The time that is left is shared evenly among the addresses that are left, so that a silent first one does not use
     up the time of the others. Raises `DialError`, or the `NoConnectionFor…` errors for what `target` can never give.
+    A dial that somebody cuts short, by shutdown() of its socket, tries no other address; the cause of its `DialError`
+    is a `ConnectionAbortedError`, which no server can bring about.
     """
     started = time.monotonic()
     deadline = started + request.timeout
@@ -76,7 +85,7 @@ def dial_target(target: Target, request: DialRequest, config: PoolConfig) -> soc
     tried: list[str] = []
     cause: OSError | None = None
     try:
-        addresses = _resolve(target, request.ip_version)
+        addresses = _in_turn(_resolve(target, request.ip_version), request._rotation)
         for index, address in enumerate(addresses):
             left = deadline - time.monotonic()
             try:
@@ -84,6 +93,8 @@ def dial_target(target: Target, request: DialRequest, config: PoolConfig) -> soc
             except _AddressFailed as failed:
                 cause = failed.error
                 tried.append(f"{address}: {cause.strerror or cause}")
+                if isinstance(cause, ConnectionAbortedError):
+                    break
     except socket.gaierror as error:
         cause = error
     waited = time.monotonic() - started
@@ -102,7 +113,7 @@ def _refuse_other_kinds(target: Target, request: DialRequest) -> None:
 
 
 def _resolve(target: Target, version: IPVersion | None) -> list[_Address]:
-    """The addresses to try, in the resolver's order, each once. Raises socket.gaierror."""
+    """The addresses of the target in the resolver's order, each once. Raises socket.gaierror."""
     if target.scheme is Protocol.UNIX:
         return [_Address(socket.AF_UNIX, target.path)]
     family = socket.AF_UNSPEC if version is None else _FAMILIES[version]
@@ -129,7 +140,36 @@ def _versions(target: Target) -> tuple[int, ...]:
         return ()
 
 
+def _in_turn(addresses: list[_Address], rotation: int) -> list[_Address]:
+    """The addresses in the order to try them. The families alternate: where one of them leads nowhere, the next address
+    to try is of the other one, whichever comes first."""
+    families: dict[int, list[_Address]] = {}
+    for address in addresses:
+        families.setdefault(address.family, []).append(address)
+    rounds = itertools.zip_longest(*families.values())
+    alternating = [address for each in rounds for address in each if address is not None]
+    first = rotation % max(1, len(alternating))
+    return alternating[first:] + alternating[:first]
+
+
 # Connecting ---------------------------------------------------------------------------------------------------------
+
+
+def set_options(sock: socket.socket, protocol: Protocol, config: PoolConfig) -> None:
+    """The socket options that `config` asks for.
+
+    Before the connect or the listen: the handshake says how large the receive buffer can become. What a listener
+    accepts has the listener's options.
+    """
+    if protocol is Protocol.TCP:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, config.tcp_nodelay)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(config.tcp_keepalive))
+        times = config.tcp_keepalive if isinstance(config.tcp_keepalive, tuple) else ()
+        for option, value in zip(_KEEPALIVE_OPTIONS, times, strict=False):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    for option, size in ((socket.SO_SNDBUF, config.send_buffer_size), (socket.SO_RCVBUF, config.receive_buffer_size)):
+        if size is not None:
+            sock.setsockopt(socket.SOL_SOCKET, option, size)
 
 
 class _AddressFailed(Exception):
@@ -150,6 +190,7 @@ def _open(
     try:
         if request._predeposit is not None:
             request._predeposit(sock)
+        set_options(sock, protocol, config)
         _connect(sock, protocol, address, timeout)
         sock.settimeout(config.socket_timeout)
     except BaseException:
@@ -165,11 +206,10 @@ def _connect(sock: socket.socket, protocol: Protocol, address: _Address, timeout
     try:
         if timeout <= 0:
             raise TimeoutError("no time left")
-        if protocol is Protocol.TCP:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.settimeout(timeout)
         sock.connect(address.sockaddr)
+        if protocol is not Protocol.UNIX and _is_shut(sock):
+            raise ConnectionAbortedError(errno.ECONNABORTED, _CUT_SHORT)
         # With nobody listening on a local port of the ephemeral range, the kernel may bind this very socket to that
         # port, and TCP connects it to itself.
         if protocol is Protocol.TCP and sock.getsockname() == sock.getpeername():
@@ -178,4 +218,56 @@ def _connect(sock: socket.socket, protocol: Protocol, address: _Address, timeout
         # A frame below this one is a signal handler's: its TimeoutError (the usual SIGALRM) is not the address's.
         if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
             raise
+        if protocol is Protocol.TCP and _was_cut_short(sock, error):
+            error = ConnectionAbortedError(errno.ECONNABORTED, _CUT_SHORT)
         raise _AddressFailed(error) from error
+
+
+# A shutdown() while connect() waits ends the wait with ECONNRESET, as a server may that resets what it has just taken;
+# the kernel then undoes the whole connecting, the choice of the local address too. One before the connect() makes it
+# return at once, connected or not, with both directions shut; what a server does shuts both only with an error. A unix
+# socket does not tell the two apart, and connects without waiting.
+
+_CUT_SHORT = "cut short by a shutdown() of the socket"
+
+
+def _was_cut_short(sock: socket.socket, error: OSError) -> bool:
+    if error.errno == errno.ECONNRESET:
+        return sock.getsockname()[0] in ("0.0.0.0", "::")
+    return error.errno == errno.ENOTCONN and _is_shut(sock)
+
+
+def _is_shut(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, 0)
+    return any(events & (select.POLLHUP | select.POLLERR) == select.POLLHUP for _, events in poller.poll(0))
+
+
+# Failures, for other processes --------------------------------------------------------------------------------------
+
+FAILURE_BYTES = 127
+
+
+def pack_failure(error: DialError) -> bytes:
+    """What other processes are told of a failed dial: kind of its cause, errno, text; at most FAILURE_BYTES."""
+    cause = error.__cause__
+    kind = "resolver" if isinstance(cause, socket.gaierror) else "os" if isinstance(cause, OSError) else "other"
+    number = cause.errno if isinstance(cause, OSError) and cause.errno is not None else 0
+    why = "; ".join(error.tried) or (f"{type(cause).__name__}: {cause}" if cause is not None else str(error))
+    text = f"{kind}|{number}|{why}".replace("\0", "?").encode(errors="replace")
+    return text[:FAILURE_BYTES].decode(errors="ignore").encode()
+
+
+def unpack_failure(text: str) -> tuple[str, Exception | None]:
+    """The text of what `pack_failure` made, and an error like the one that it was made of."""
+    kind, _, rest = text.partition("|")
+    number, separator, why = rest.partition("|")
+    if not separator or not number.lstrip("-").isdigit():
+        return text, None
+    if kind == "resolver":
+        return why, socket.gaierror(int(number), why)
+    if kind == "os" and int(number):
+        return why, OSError(int(number), os.strerror(int(number)))
+    if kind == "os":
+        return why, TimeoutError(why) if "timed out" in why else ConnectionError(why)
+    return why, ConnectionError(why)

@@ -97,12 +97,16 @@ class InvalidConfig(PoolError, ValueError):
 
 @dataclass(eq=False, kw_only=True)
 class PoolClosed(PoolError):
-    """The pool has been closed, by this process or by another one; or (`left`) this process has left it."""
+    """The pool has been closed, by this process or by another one; or (`left`) this process has left it; or it is
+    `draining`, and open again after resume()."""
 
     pool: str = ""
     left: bool = False
+    draining: bool = False
 
     def _text(self) -> str:
+        if self.draining:
+            return f"{_named('pool', self.pool)} is draining and gives nothing out; resume() opens it again"
         if self.left:
             return f"this process has left {_named('pool', self.pool)}, which others still use; join it again to use it"
         return f"{_named('pool', self.pool)} is closed; make a new Pool"
@@ -138,19 +142,28 @@ class ForeignUser(PoolError, PermissionError):
 
 @dataclass(eq=False, kw_only=True)
 class PoolTimeout(PoolError, TimeoutError):
-    """No connection came free in time. A dial error met on the way is the `__cause__`."""
+    """No connection came free in time. A dial error met on the way is the `__cause__`.
+
+    `listening`: the pool accepts connections; no client was new or had something to say.
+    """
 
     waited: float = 0.0
     timeout: float = 0.0
     counts: Mapping[str, int] = field(default_factory=dict)
     protocol: str | None = None
     ip_version: int | None = None
+    paused: bool = False
+    listening: bool = False
 
     def _text(self) -> str:
-        wanted = _wanted(self.protocol, self.ip_version)
+        wanted = " client's" if self.listening else _wanted(self.protocol, self.ip_version)
         text = f"no{wanted} connection after {self.waited:.3f} s (timeout {self.timeout:g} s); {_tally(self.counts)}"
+        if self.paused:
+            return f"{text}; the pool is paused: resume() lets it go on"
         if self.__cause__ is not None:
             return f"{text}; the last dial failed: {self.__cause__}"
+        if self.listening:
+            return f"{text}; none was new or had something to say"
         return f"{text}; return connections sooner, raise max_connections or wait longer"
 
 
@@ -164,6 +177,10 @@ class PoolExhausted(PoolError):
 
     def _text(self) -> str:
         remedy = "raise max_connections, or wait with get()"
+        if "paused" in self.reason:
+            remedy = "resume() lets it go on"
+        if "client" in self.reason:
+            remedy = "wait with get()"
         for limited in ("worker", "waiter"):
             if limited in self.reason:
                 remedy = f"raise max_{limited}s"
@@ -173,14 +190,23 @@ class PoolExhausted(PoolError):
 
 @dataclass(eq=False, kw_only=True)
 class DialError(PoolError, ConnectionError):
-    """A connection could not be opened; why is the `__cause__`. `tried` says what each address answered."""
+    """A connection could not be opened; why is the `__cause__`. `tried` says what each address answered.
+
+    `down`: nothing was tried now, because dials of this or other processes have failed a moment ago (`tried` has the
+    last failure); the next dial is let through in `retry_in` seconds.
+    """
 
     target: str = ""
     attempt: int = 1
     waited: float = 0.0
     tried: tuple[str, ...] = ()
+    down: bool = False
+    retry_in: float = 0.0
 
     def _text(self) -> str:
+        if self.down:
+            last = f" (the last failure: {'; '.join(self.tried)})" if self.tried else ""
+            return f"{self.target or 'the server'} is down{last}; the next dial is tried in {self.retry_in:.2f} s"
         text = f"cannot connect to {self.target or 'the server'} (attempt {self.attempt}, {self.waited:.3f} s)"
         if self.tried:
             text = f"{text}: {'; '.join(self.tried)}"

@@ -40,10 +40,11 @@ class PoolInfo:
     name: str
     pid: int = 0  # who created it
     alive: bool = False  # some process still has it
-    state: str = ""
+    state: str = ""  # "open", "paused", "draining", "closed"
     size: int = 0  # bytes
-    max_connections: int = 0
+    max_connections: int = 0  # as it is now
     target: str = ""
+    upstream: str = ""  # the server's state: "unproved", "up", "down", "probing"
     created_at: float = 0.0  # time.time()
     error: str = ""
 
@@ -155,6 +156,7 @@ def _info(name: str) -> PoolInfo | None:
                 size=snapshot["size"],
                 max_connections=snapshot["max_connections"],
                 target=snapshot["target"],
+                upstream=snapshot["upstream"]["state"],
                 created_at=snapshot["created_at"],
             )
     except PoolNotFound:

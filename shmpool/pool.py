@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
+import logging
+import math
 import os
 import pickle
 import random
 import resource
 import secrets
 import socket
-import struct
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -31,9 +34,9 @@ from multiprocessing import util
 from types import TracebackType
 from typing import Any
 
-from . import _core, rendezvous, slab
+from . import _core, rendezvous, serving, slab
 from .config import IPVersion, PoolConfig, Protocol, Target
-from .dialing import DialRequest, buckets_of, dial_target
+from .dialing import DialRequest, buckets_of, dial_target, pack_failure, unpack_failure
 from .errors import (
     DescriptorsLost,
     DialError,
@@ -51,70 +54,50 @@ from .errors import (
     SlabCorrupt,
     SlabVersionMismatch,
 )
+from .hooks import ClosedConnection, call_on_close
+from .maintenance import Maintenance, maintain_now
+from .sockets import (
+    BUCKETS,
+    SOCKET_KINDS,
+    PooledSocket,
+    is_private,
+    kind_of,
+    pack_peer,
+    peer_of,
+    socket_and_metadata,
+    take_over,
+    unix_path,
+)
 from .stats import PoolStats
+from .steering import check_cap
 
-# The order is that of the slab (SHM_BUCKETS in core/slab.h).
-BUCKETS: tuple[tuple[Protocol, IPVersion | None], ...] = (
-    (Protocol.TCP, IPVersion.V4),
-    (Protocol.TCP, IPVersion.V6),
-    (Protocol.UDP, IPVersion.V4),
-    (Protocol.UDP, IPVersion.V6),
-    (Protocol.UNIX, None),
-)
-_FAMILIES = {socket.AF_INET: IPVersion.V4, socket.AF_INET6: IPVersion.V6}
-_PROTOCOLS = {socket.SOCK_STREAM: Protocol.TCP, socket.SOCK_DGRAM: Protocol.UDP}
-# What socket.socket() must be told of a descriptor's bucket; -1: it looks (a dial may make unix sockets of any type).
-_SOCKET_KINDS = (
-    (socket.AF_INET, socket.SOCK_STREAM, 0),
-    (socket.AF_INET6, socket.SOCK_STREAM, 0),
-    (socket.AF_INET, socket.SOCK_DGRAM, 0),
-    (socket.AF_INET6, socket.SOCK_DGRAM, 0),
-    (-1, -1, -1),
-)
 _LIFETIME_JITTER = 0.1  # connections of one birth end within this share of their lifetime
-_SPARE_DESCRIPTORS = 64  # left to the rest of the process when the limit is checked
-_CLOSE_POLL_S = 0.002
+SPARE_DESCRIPTORS = 64  # left to the rest of the process when the limit is checked
+_POLL_S = 0.002
 
+_DIAL_PATIENCE_S = 0.5
+DRAIN_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 10.0
 _FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 0.1, 0.5  # for the descriptors; members that run send them in a millisecond
 _JOIN_PAUSE_S = 0.002
+_BIND_PATIENCE_S = 1.0
 _WORKER_LIMIT = (
     "the worker limit is reached: each process that uses the pool counts, and each Pool it has made or joined"
 )
 
+logging.getLogger("shmpool").addHandler(logging.NullHandler())  # the program says where it goes, or it goes nowhere
+logger = logging.getLogger("shmpool.pool")
+dial_logger = logging.getLogger("shmpool.dialing")
+_LEVELS = {  # of the ends of connections; others are DEBUG
+    "broken": logging.INFO,
+    "unhealthy": logging.WARNING,
+    "owner_died": logging.WARNING,
+    "leaked": logging.WARNING,
+    "revoked": logging.WARNING,
+}
+
 # By id. A plain dict: a copy of its values is atomic, while a WeakSet cannot be walked while another thread adds to it.
 _pools: dict[int, weakref.ref[Pool]] = {}
-
-
-class PooledSocket(socket.socket):
-    """A socket of the pool: an ordinary one that notes when its holder changes what the next holder relies on."""
-
-    __slots__ = ("_mark",)
-    CHANGED, RUINED = 1, 2
-
-    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:  # noqa: A002
-        self._mark = bytearray(1)
-        super().__init__(family, type, proto, fileno)
-
-    def settimeout(self, value: float | None, /) -> None:
-        self._mark[0] |= self.CHANGED
-        super().settimeout(value)
-
-    def setblocking(self, flag: bool, /) -> None:
-        self._mark[0] |= self.CHANGED
-        super().setblocking(flag)
-
-    def shutdown(self, how: int, /) -> None:
-        self._mark[0] |= self.RUINED
-        super().shutdown(how)
-
-    def close(self) -> None:
-        self._mark[0] |= self.RUINED
-        super().close()
-
-    def detach(self) -> int:
-        self._mark[0] |= self.RUINED
-        return super().detach()
 
 
 class Pool(_core.PoolBase):
@@ -141,18 +124,28 @@ class Pool(_core.PoolBase):
     it to the others.
     """
 
-    __slots__ = ("__weakref__", "_config", "_name", "_own_sockets", "_target")
+    __slots__ = (
+        "__weakref__",
+        "_config",
+        "_dialling",
+        "_interrupted",
+        "_maintenance",
+        "_name",
+        "_own_sockets",
+        "_target",
+    )
 
     def __init__(self, target: str | None = None, *, config: PoolConfig | None = None, **settings: Any) -> None:
         if config is None:
-            config = PoolConfig.from_dict({"target": target, **settings})
+            given = {"target": target, **settings}
+            config = PoolConfig.from_url(target, **settings) if isinstance(target, str) else PoolConfig.from_dict(given)
         elif not isinstance(config, PoolConfig):
             raise InvalidConfig(
                 field="config", value=config, remedy="must be a PoolConfig; PoolConfig.from_dict() makes one"
             )
         elif target is not None or settings:
-            given = ", ".join(["target"] * (target is not None) + sorted(settings))
-            remedy = f"give it alone, without {given}; config.replace(...) changes single settings"
+            names = ", ".join(["target"] * (target is not None) + sorted(settings))
+            remedy = f"give it alone, without {names}; config.replace(...) changes single settings"
             raise InvalidConfig(field="config", value=config, remedy=remedy)
         if self._identity()[0]:
             raise RuntimeError(f"{self!r} is made already")
@@ -164,22 +157,52 @@ class Pool(_core.PoolBase):
             self._join_or_create()
         self._register()
 
+    @classmethod
+    def listen(cls, address: str, **settings: Any) -> Pool:
+        """A pool of client connections: it accepts at `address` (`tcp://0.0.0.0:9000`, `tcp://[::]:9000`,
+        `unix:///path`; port 0: the kernel chooses) instead of dialling.
+
+            pool = Pool.listen("tcp://127.0.0.1:8080", max_connections=1000)     # before the fork
+            while True:
+                with pool.get(timeout=math.inf) as conn:                         # in each worker
+                    serve_one_request(conn.socket)
+
+        get() returns the next client connection that is new or has something to read, in whichever process and thread
+        waits for one. Released connections stay open and are watched until they speak again; any worker may get the
+        next request. So nothing may be read ahead: what a worker has taken off the socket, it has to answer.
+
+        Settings are those of PoolConfig. `max_connections` limits the clients that are connected; others wait in the
+        kernel's queue (`backlog`) until one goes. `max_idle_connections` and `idle_timeout` say how many may be silent,
+        and for how long. `on_created` sees each client before anybody has it; one that it refuses, by raising or by
+        returning False, ends, and get() goes on (what was raised goes to the log "shmpool.hooks"). `acceptor` takes a
+        client from the listening socket in place of accept(): it gets that socket and returns a socket, or (socket,
+        metadata); a connection that only one process can use, such as one with TLS, serves a single lease.
+
+        Raises InvalidConfig, OSError (the address is in use, or not this host's), and what Pool() raises.
+        """
+        return cls(address, listening=True, **settings)
+
     def _register(self) -> None:
         key = id(self)
         _pools[key] = weakref.ref(self, lambda _: _pools.pop(key, None))
+        self._maintenance.start(self)
 
     def _take(self, config: PoolConfig) -> None:
         self._config = config
-        self._target = Target.parse(config.target) if config.target is not None else None
+        target = config.target
+        self._target = None if target is None else Target.parse(target, listening=config.listening)
         self._name = config.name or f"{os.getpid()}-{secrets.token_hex(4)}"
         self._own_sockets: dict[int, str] = {}  # by process: path, see `_listen`
-        _reserve_descriptors(config.max_connections)
+        self._maintenance = Maintenance()
+        self._dialling: dict[tuple[int, int], socket.socket] = {}  # by process, thread: what it connects this moment
+        self._interrupted: set[int] = set()  # threads whose dial was ended by `_interrupt_dials`
 
     # ---- how a process comes by a pool ------------------------------------------------------------------------------
 
     def _join_or_create(self) -> None:
         """Exactly one of all processes that want the name creates; what we met may have ended before we joined it."""
-        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        begun = time.monotonic()
+        deadline = begun + JOIN_TIMEOUT_S
         while True:
             try:
                 return self._join(deadline)
@@ -194,31 +217,46 @@ class Pool(_core.PoolBase):
             except PoolExists:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(_JOIN_PAUSE_S)
+            except OSError as error:  # a listening pool: another process of ours may be about to publish it
+                if error.errno != errno.EADDRINUSE or time.monotonic() > begun + _BIND_PATIENCE_S:
+                    raise
+            time.sleep(_JOIN_PAUSE_S)
 
     def _create_slab(self) -> None:
         config = self._config
-        capacities = (config.max_connections, config.max_workers, config.max_waiters)
-        size, _, _ = _core.layout(*capacities)
+        slots = _slots_for(config)
+        _reserve_descriptors(slots, config.max_connections)
+        capacities = (config.max_connections, slots, config.max_workers, config.max_waiters)
+        size, _, _ = _core.layout(*capacities[1:])
         slab_id = os.urandom(16)
         fd, path = slab.create(size, config.max_connections)
         listener, socket_path = -1, ""
+        clients: socket.socket | None = None
         handed_over = False
         try:
             if config.name is not None:
                 listener, socket_path = rendezvous.listen(slab_id)
-            target = (self._target.text if self._target else _name_of(config.dial))[:255]
+            target = self._source()[:255]
+            if config.listening and self._target is not None:
+                clients = serving.bind(self._target, config)
+                target = serving.text_of(serving.address_of(clients.fileno()))
             born = (slab_id, time.time(), os.getuid(), self._name, target, config.to_json(), socket_path)
             settings = self._settings()
             handed_over = True
             self._create(fd, listener, capacities, born, settings)
+            if clients is not None:
+                self._serve(clients.fileno())
+                clients.detach()
             slab.publish(path, self._name)
             self._note_path(slab.path_of(self._name))
+            self._log(logging.INFO, "pool %r is created: %s", target, reason="created")
         except BaseException:
             if not handed_over:
                 os.close(fd)
                 if listener >= 0:
                     os.close(listener)
+            if clients is not None:
+                clients.close()
             self._unmake()
             try:
                 os.unlink(path)
@@ -230,16 +268,27 @@ class Pool(_core.PoolBase):
     def _settings(self) -> tuple[Any, ...]:
         """What this process wants of the pool, as the core takes it."""
         config = self._config
+        max_idle = config.effective_max_idle
         options = (
-            config.local_cache_size,
+            0 if config.listening else config.local_cache_size,  # its get() goes another way
             config.alive_bypass,
             config.idle_timeout,
             config.clear_udp_buffer,
             config.udp_clear_timeout,
             config.udp_clear_max_packets,
             config.stats,
+            config.effective_min_connections,
+            max_idle if max_idle < config.max_connections else 0,
         )
-        return options, config.get_timeout, self._whole_mask(), config.on_borrow, config.on_return
+        dials = (
+            *config.dial_backoff,
+            config.connection_timeout,
+            config.dial_retries,
+            config.when_down == "wait",
+        )
+        borrowed = self._maintenance.takers.noting(config.on_borrow) if config.leak_stacks else config.on_borrow
+        hooks = borrowed, config.on_return, config.on_created, config.acceptor is not None
+        return options, dials, config.get_timeout, self._whole_mask(), *hooks
 
     def _join(self, deadline: float, path: str = "") -> None:
         """Join the living pool of our name: ask its members for the descriptors, at the path that its slab names (else
@@ -257,6 +306,7 @@ class Pool(_core.PoolBase):
                 if not view.in_use() or not is_open:
                     raise PoolNotFound(name=self._name)
                 self._agree(theirs)
+                _reserve_descriptors(view.capacity(), self._config.max_connections)
                 problem = self._join_by(view, slab_id, its_path or path, patience)
                 if problem is None:
                     return
@@ -310,6 +360,7 @@ class Pool(_core.PoolBase):
         except ValueError as error:
             raise SlabCorrupt(name=self._name, detail=str(error.args[0])) from None
         self._note_path(slab.path_of(self._name))
+        self._log(logging.INFO, "pool %r is joined", reason="joined")
 
     # ---- what is asked of a pool ------------------------------------------------------------------------------------
 
@@ -327,6 +378,24 @@ class Pool(_core.PoolBase):
         """Whether the pool was closed, by whichever process."""
         return not self._is_open()
 
+    @property
+    def state(self) -> str:
+        """ "open", "paused", "draining" or "closed", over all processes."""
+        return "closed" if self.closed else self._state()
+
+    @property
+    def address(self) -> tuple[str, int] | str:
+        """Where a listening pool accepts clients: (address, port), or the path. Raises PoolClosed."""
+        if not self._config.listening:
+            raise RuntimeError(f"{self!r} does not listen; Pool.listen() makes one that does")
+        self._refuse_closed()
+        return serving.address_of(self._listener())
+
+    @property
+    def max_connections(self) -> int:
+        """The cap over all processes as it is now; resize() changes it."""
+        return self._limits()[0]
+
     def stats(self) -> PoolStats:
         """One snapshot over all processes. Takes no lock and writes nothing."""
         return PoolStats.from_snapshot(self._snapshot())
@@ -337,25 +406,123 @@ class Pool(_core.PoolBase):
         Nobody has to call it: a get() that finds nothing does the same, and so does each waiter. Any process may, at
         any time. Raises PoolClosed after close() or leave().
         """
-        if self.closed:
-            raise PoolClosed(pool=self._name, left=self._left())
+        self._refuse_closed()
         return self._recover()
 
     def maintain(self) -> None:
-        """Do now what is due: take back what dead processes held, retire connections past `max_lifetime` or
-        `idle_timeout`, close this process's copies of ended connections, open new ones up to `min_connections`.
+        """Do now, in this thread, what maintenance does in the background every `maintenance_interval`: take back what
+        dead processes held, end connections past `max_lifetime` or `idle_timeout`, check idle ones, report overdue
+        leases, close this process's copies of ended connections, open new ones up to `min_connections`.
 
         Any process may call it, at any time and at once with others. Raises DialError when the server cannot be
-        reached, PoolClosed after close().
+        reached, PoolClosed after close() or leave().
         """
-        if self.closed:
-            raise PoolClosed(pool=self._name, left=self._left())
-        self._recover()
-        self._expire()
-        self._close_stale()
-        for _ in range(self._config.effective_min_connections - self._open_connections()):
-            if not self._open(self._whole_mask()):
-                break
+        self._refuse_closed()
+        maintain_now(self)
+        if self._open_connections() < self._config.effective_min_connections and self.state == "open":
+            state, _, _, _ = self._upstream()
+            if state in ("down", "probing"):
+                raise self._down_error()
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until `min_connections` are open, at most `timeout` seconds (None: the pool's get_timeout).
+
+        They are opened in the background, by whichever process does it; in one without a maintenance thread this call
+        opens them. Raises PoolTimeout, with the last dial's error as its cause, or PoolClosed.
+        """
+        timeout = self._config.get_timeout if timeout is None else timeout
+        begun = time.monotonic()
+        while True:
+            self._refuse_closed()
+            if self._open_connections() - self._counts()["dialing"] >= self._config.effective_min_connections:
+                return
+            if not self._maintenance.is_running():
+                with contextlib.suppress(DialError):
+                    self._open(self._whole_mask())
+            waited = time.monotonic() - begun
+            if waited >= timeout:
+                raise self._error("timeout", self._whole_mask(), waited, timeout)
+            time.sleep(_POLL_S)
+
+    # ---- steering ---------------------------------------------------------------------------------------------------
+
+    def resize(self, max_connections: int) -> None:
+        """Change the cap, for all processes, to 1 .. `resize_limit` (without one: twice the `max_connections` that the
+        pool was made with, or what the limit of descriptors allowed).
+
+        A larger cap serves waiting callers at once. For a smaller one idle connections beyond it end now, leased ones
+        when they are returned; nothing new is opened until fewer are open than the new cap allows.
+
+        Raises InvalidConfig, PoolClosed.
+        """
+        self._refuse_closed()
+        check_cap(max_connections, max(1, self._config.effective_min_connections), self._limits()[1])
+        before = self._resize(max_connections)
+        self._expire(self._config.effective_min_connections)
+        self._maintenance.kick()
+        self._log(
+            logging.INFO, "pool %r has %d connections at most, before %d", max_connections, before, reason="resized"
+        )
+
+    def pause(self) -> None:
+        """Give nothing out, in all processes, until resume(): get() waits, at most its timeout (then PoolTimeout);
+        try_get() raises PoolExhausted. Leases that are out go on, and are returned as always.
+
+        Raises PoolClosed.
+        """
+        self._refuse_closed()
+        if self._steer("paused"):
+            self._log(logging.INFO, "pool %r is paused", reason="paused")
+
+    def resume(self) -> None:
+        """Go on after pause() or drain(), in all processes. Raises PoolClosed."""
+        self._refuse_closed()
+        if self._steer("open"):
+            self._maintenance.kick()
+            self._log(logging.INFO, "pool %r goes on", reason="resumed")
+
+    def drain(self, timeout: float = DRAIN_TIMEOUT_S) -> int:
+        """Let what is under way finish, and refuse the rest: callers that wait already are served, later ones get
+        PoolClosed (its `draining` is true) in every process; idle connections end now, leased ones at their return.
+
+        Waits up to `timeout` seconds for the leases; returns how many are still out (0: nothing is open any more). The
+        pool stays so until resume() or close(). Raises PoolClosed.
+        """
+        self._refuse_closed()
+        if self._steer("draining"):
+            self._log(logging.INFO, "pool %r is draining", reason="draining")
+        deadline = time.monotonic() + timeout
+        while True:
+            self._retire_idle()
+            out = self._leases_out()
+            if not out or time.monotonic() >= deadline:
+                return out
+            time.sleep(_POLL_S)
+            self._recover()  # a holder may die meanwhile
+
+    def evict(
+        self,
+        connection_id: int | None = None,
+        peer: tuple[str, int] | str | None = None,
+        *,
+        leased: bool = False,
+    ) -> int:
+        """End connections: one, those to a peer (an address, or (address, port)), or, with neither, all idle ones.
+
+        Idle ones end now. With `connection_id`, `peer` or `leased=True` those in use are meant as well: they end when
+        they are returned. Returns how many were found. New ones are opened as they are needed.
+
+        Raises ValueError for a peer that is no address, PoolClosed.
+        """
+        self._refuse_closed()
+        packed = b"" if peer is None else pack_peer(peer)
+        named = connection_id is not None or peer is not None
+        if connection_id is not None and connection_id < 1:
+            return 0
+        found = self._evict(connection_id or 0, packed, leased or named)
+        self._expire(self._config.effective_min_connections)
+        self._maintenance.kick()
+        return found
 
     def close(self, timeout: float = 0.0) -> int:
         """Close the pool for all processes; returns how many leases are still out.
@@ -369,13 +536,20 @@ class Pool(_core.PoolBase):
         if self._left():
             return 0
         slab_id, _ = self._identity()
+        was_open = not self.closed
         self._shut()
         slab.remove_own(self._name, slab_id)
         self._remove_own_socket()
+        if self._config.listening and self._target is not None:
+            serving.remove(self._target)
         while (out := self._leases_out()) and time.monotonic() < deadline:
-            time.sleep(_CLOSE_POLL_S)
+            time.sleep(_POLL_S)
             self._recover()  # a holder may die meanwhile
+        self._maintenance.stop()
+        self._end_dials()
         self._finish()
+        if was_open:
+            self._log(logging.INFO, "pool %r is closed, %d leases are out", out, reason="closed")
         return out
 
     def leave(self) -> None:
@@ -384,6 +558,8 @@ class Pool(_core.PoolBase):
         The others keep the pool and all idle connections; with the last one it ends. A process that exits leaves by
         itself. Leaving once more does nothing.
         """
+        self._maintenance.stop()
+        self._end_dials()
         self._leave()
         self._remove_own_socket()
         slab.remove_remains(self._name)
@@ -405,9 +581,11 @@ class Pool(_core.PoolBase):
             self.leave()
 
     def __repr__(self) -> str:
-        source = self._target.text if self._target else _name_of(self._config.dial)
-        state = "left" if self._left() else "closed" if self.closed else "open"
-        return f"<shmpool.Pool {self._name!r} to {source}, {state}, max_connections={self._config.max_connections}>"
+        source = self._source() if self.closed or not self._config.listening else serving.text_of(self.address)
+        state = "left" if self._left() else self.state
+        limit = f"max_connections={self.max_connections}"
+        where = "at" if self._config.listening else "to"
+        return f"<shmpool.Pool {self._name!r} {where} {source}, {state}, {limit}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pool travels as its settings and the path at which its descriptors can be asked for. In a process that has
@@ -451,9 +629,13 @@ class Pool(_core.PoolBase):
         if not sys.is_finalizing() and self._identity()[0]:
             self.leave()
 
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise PoolClosed(pool=self._name, left=self._left())
+
     def _leases_out(self) -> int:
         counts = self._counts()
-        return counts["leased"] + counts["dialing"] + counts["checking"]
+        return counts["leased"] + counts["offered"] + counts["dialing"] + counts["checking"]
 
     def _open_connections(self) -> int:
         counts = self._counts()
@@ -492,7 +674,7 @@ class Pool(_core.PoolBase):
             PooledSocket
         )  # exists before it owns the descriptor: one of the two is closed, not both
         try:
-            sock.__init__(*_SOCKET_KINDS[bucket], fileno=fd)  # type: ignore[misc]
+            sock.__init__(*SOCKET_KINDS[bucket], fileno=fd)  # type: ignore[misc]
             self._restore(sock)
         except BaseException:
             if sock.fileno() < 0:
@@ -513,17 +695,54 @@ class Pool(_core.PoolBase):
         return True
 
     def _peer(self, bucket: int, address: bytes, sock: socket.socket) -> tuple[str, int] | str:
-        version = BUCKETS[bucket][1]
-        if version is None:
-            return _unix_path(sock, self._target)
-        family, size = (socket.AF_INET, 4) if version is IPVersion.V4 else (socket.AF_INET6, 16)
-        (port,) = struct.unpack_from("!H", address, 16)
-        return socket.inet_ntop(family, address[:size]), port
+        return peer_of(bucket, address) or unix_path(sock, None if self._config.listening else self._target)
+
+    def _joined(self) -> None:
+        """This process has a place in the pool, for the first time since it was forked."""
+        self._maintenance.start(self)
+
+    def _ended(self, rows: list[tuple[int, int, int, bytes, str, float, int]]) -> None:
+        """Connections that this process has ended: (id, slot, bucket, peer, reason, age, uses)."""
+        hook = self._config.on_close
+        for connection, slot, bucket, address, reason, age, uses in rows:
+            level = _LEVELS.get(reason, logging.DEBUG)
+            text = "pool %r: connection %d ended (%s) after %.3f s and %d leases"
+            self._log(level, text, connection, reason, age, uses, slot=slot, connection_id=connection, reason=reason)
+            if hook is None:
+                continue
+            protocol, version = BUCKETS[bucket]
+            dialled = self._target if not self._config.listening else None
+            peer = peer_of(bucket, address) or (dialled.path if dialled else "")
+            closed = ClosedConnection(
+                id=connection,
+                slot=slot,
+                protocol=protocol,
+                ip_version=version,
+                peer=peer,
+                reason=reason,  # type: ignore[arg-type]
+                age=age,
+                uses=uses,
+            )
+            call_on_close(hook, closed, self._name)
+
+    def _log(
+        self,
+        level: int,
+        text: str,
+        *args: object,
+        reason: str,
+        slot: int | None = None,
+        connection_id: int | None = None,
+    ) -> None:
+        extra = {"pool": self._name, "slot": slot, "connection_id": connection_id, "reason": reason}
+        logger.log(level, text, self._name, *args, extra=extra)
 
     def _error(self, kind: str, mask: int, waited: float, timeout: float) -> PoolError:
         """The exception for something the core cannot give."""
-        if kind == "closed":
-            return PoolClosed(pool=self._name, left=self._left())
+        if kind in ("closed", "draining"):
+            return PoolClosed(pool=self._name, left=self._left(), draining=kind == "draining")
+        if kind == "down":
+            return self._down_error(waited)
         if kind == "damaged":
             return SlabCorrupt(name=self._name, detail="a slot is in a state that does not exist")
         if kind == "descriptors":
@@ -533,15 +752,22 @@ class Pool(_core.PoolBase):
         counts = self._counts()
         if kind == "timeout":
             protocol, version = (None, None) if mask == self._whole_mask() else self._wanted(mask)
-            return PoolTimeout(
+            late = PoolTimeout(
                 waited=waited,
                 timeout=timeout,
                 counts=counts,
                 protocol=None if protocol is None else protocol.value,
                 ip_version=None if version is None else int(version),
+                paused=self._state() == "paused",
+                listening=self._config.listening,
             )
+            if self._upstream()[0] in ("down", "probing"):
+                late.__cause__ = self._down_error(waited)
+            return late
         limits = {
-            "exhausted": ("all connections are in use", self._config.max_connections),
+            "exhausted": ("all connections are in use", self.max_connections),
+            "silent": ("no client is new or has spoken", self.max_connections),
+            "paused": ("the pool is paused", self.max_connections),
             "waiters": ("the waiter limit is reached", self._config.max_waiters),
             "workers": (_WORKER_LIMIT, self._config.max_workers),
         }
@@ -554,35 +780,110 @@ class Pool(_core.PoolBase):
         protocols, versions = {kind[0] for kind in kinds}, {kind[1] for kind in kinds}
         return (protocols.pop() if len(protocols) == 1 else None, versions.pop() if len(versions) == 1 else None)
 
-    def _dial(self, mask: int, left: float, slot: int, connection: int, timeout: float) -> tuple[Any, ...]:
+    def _upstream(self) -> tuple[str, float, str, int]:
+        """What all processes know of the server: "unproved", "up", "down" or "probing"; seconds until the next dial may
+        begin; why the last failed one did; how many have failed."""
+        state, retry_in, failure, failures = self._upstream_words()
+        return state, retry_in, unpack_failure(failure)[0], failures
+
+    def _down_error(self, waited: float = 0.0) -> DialError:
+        """What get() raises while the server is known to be down, whichever process noticed it."""
+        _, retry_in, failure, _ = self._upstream_words()
+        why, cause = unpack_failure(failure)
+        tried = (why,) if why else ()
+        error = DialError(target=self._source(), waited=waited, tried=tried, down=True, retry_in=retry_in)
+        error.__cause__ = cause
+        return error
+
+    def _source(self) -> str:
+        return self._target.text if self._target else _name_of(self._config.dial)
+
+    def _dial(
+        self, mask: int, left: float, slot: int, connection: int, timeout: float, attempt: int, seen: int
+    ) -> tuple[Any, ...]:
         """Open connection number `connection` for `slot`, within `left` of the `timeout` seconds that get() was given.
 
-        After a failure up to `dial_retries` times more, with a growing pause between.
+        `seen` is what the state of the upstream was when this dial was let through (core/upstream.h).
         """
         config = self._config
-        deadline = time.monotonic() + left
+        begun = time.monotonic()
         protocol, version = self._wanted(mask)
-        pause = config.dial_backoff[0]
-        attempt = 0
-        while True:
-            attempt += 1
-            limit = min(config.connection_timeout, max(0.0, deadline - time.monotonic()))
-            mailed: list[bool] = []
+        mailed: list[bool] = []
+        thread = threading.get_ident()
 
-            def predeposit(sock: socket.socket, mailed: list[bool] = mailed) -> None:
-                mailed[:] = [self._mail(slot, connection, sock.fileno())]
+        def predeposit(sock: socket.socket) -> None:
+            mailed[:] = [self._mail(slot, connection, sock.fileno())]
+            self._dialling[os.getpid(), thread] = sock
 
-            request = DialRequest(protocol, version, limit, attempt, predeposit)
-            try:
-                return self._accept(*self._call_dial(request), mask, mailed == [True])
-            except DialError as error:
-                late = time.monotonic() - deadline
-                if late >= 0:
-                    raise PoolTimeout(waited=timeout + late, timeout=timeout, counts=self._counts()) from error
-                if attempt > config.dial_retries:
-                    raise
-                time.sleep(min(pause * random.uniform(0.5, 1.0), -late))
-                pause = min(pause * 2, config.dial_backoff[1])
+        limit = min(config.connection_timeout, max(0.0, left))
+        request = DialRequest(protocol, version, limit, attempt, predeposit, connection)
+        try:
+            dialled = self._accept(*self._call_dial(request), mask, mailed == [True])
+            self._log_opened(slot, connection, time.monotonic() - begun)
+            return dialled
+        except DialError as error:
+            took = time.monotonic() - begun
+            if self.closed:  # and the dial cut short for it, perhaps
+                raise PoolClosed(pool=self._name, left=self._left()) from error
+            if thread in self._interrupted or isinstance(error.__cause__, ConnectionAbortedError):
+                self._upstream_untried(seen)
+            elif left < config.connection_timeout and took >= left:  # cut short by the caller's own deadline
+                waited = timeout - left + took
+                raise PoolTimeout(waited=waited, timeout=timeout, counts=self._counts()) from error
+            else:
+                self._dial_failed(error, seen)
+            raise
+        finally:
+            self._dialling.pop((os.getpid(), thread), None)
+            self._interrupted.discard(thread)
+
+    def _log_opened(self, slot: int, connection: int, took: float) -> None:
+        text = "pool %r: connection %d is opened in %.6f s"
+        self._log(logging.DEBUG, text, connection, took, slot=slot, connection_id=connection, reason="opened")
+
+    def _dial_failed(self, error: DialError, seen: int) -> None:
+        failure = pack_failure(error)
+        if self._upstream_failed(seen, failure):
+            why, _ = unpack_failure(failure.decode(errors="replace"))
+            extra = {"pool": self._name, "slot": None, "connection_id": None, "reason": "down"}
+            dial_logger.warning("pool %r: %s is down: %s", self._name, self._source(), why, extra=extra)
+        else:
+            dial_logger.debug("pool %r: %s", self._name, error)
+
+    def _upstream_is_up(self) -> None:
+        extra = {"pool": self._name, "slot": None, "connection_id": None, "reason": "up"}
+        dial_logger.info("pool %r: %s is up again", self._name, self._source(), extra=extra)
+
+    def _refused(self, cause: BaseException, attempt: int, seen: int) -> BaseException:
+        """What a connection refused by on_created means for who wanted it: the dial has failed."""
+        if not isinstance(cause, Exception):
+            self._upstream_untried(seen)
+            return cause
+        error = DialError(target=self._source(), attempt=attempt)
+        error.__cause__ = cause
+        self._dial_failed(error, seen)
+        return error
+
+    def _end_dials(self) -> None:
+        """This process gives its part back: no dial of it goes on in a thread that nobody sees. What a program's own
+        dial does is waited for a moment only; its connection ends when it is there."""
+        if not self._dial_threads():
+            return
+        for (process, _), sock in list(self._dialling.items()):
+            if process == os.getpid():  # else it is a parent's, which goes on with it
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        deadline = time.monotonic() + _DIAL_PATIENCE_S
+        while self._dial_threads() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def _interrupt_dials(self) -> None:
+        """End what the maintenance thread of this process is connecting: it has to stop."""
+        for (process, thread), sock in list(self._dialling.items()):
+            if process == os.getpid() and self._maintenance.is_thread(thread):
+                self._interrupted.add(thread)
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def _call_dial(self, request: DialRequest) -> tuple[socket.socket, bytes]:
         """Call the dial of this pool; every failure of it is a DialError with its cause."""
@@ -593,7 +894,7 @@ class Pool(_core.PoolBase):
             assert self._config.dial is not None
             result: Any = self._config.dial(request)
             try:
-                return _socket_and_metadata(result)
+                return socket_and_metadata(result)
             except BaseException:
                 for each in result if isinstance(result, tuple) else (result,):
                     if isinstance(each, socket.socket):
@@ -602,22 +903,44 @@ class Pool(_core.PoolBase):
         except PoolError:
             raise
         except Exception as error:
-            source = self._target.text if self._target else _name_of(self._config.dial)
             waited = time.monotonic() - started
-            raise DialError(target=source, attempt=request.attempt, waited=waited) from error
+            raise DialError(target=self._source(), attempt=request.attempt, waited=waited) from error
+
+    def _take_client(self) -> tuple[socket.socket, bytes] | bool | None:
+        """The next client by the program's acceptor; None: nobody is there; False: nothing came of it."""
+        assert self._config.acceptor is not None
+        return serving.take_client(self._config.acceptor, self._listener(), self._name)
+
+    def _accept_client(
+        self, slot: int, connection: int, fd: int, mailed: bool, taken: tuple[socket.socket, bytes] | None
+    ) -> tuple[Any, ...] | None:
+        """What the core installs of a client that was accepted as `fd`, or by an acceptor; None: it has gone."""
+        sock, metadata = taken or (serving.client_of(fd), b"")
+        try:
+            client = self._accept(sock, metadata, self._whole_mask(), mailed)
+        except DialError as error:
+            text, why = "pool %r: connection %d ended before it was accepted: %s", error.__cause__
+            self._log(logging.DEBUG, text, connection, why, slot=slot, connection_id=connection, reason="gone")
+            return None
+        text = "pool %r: connection %d is accepted"
+        self._log(logging.DEBUG, text, connection, slot=slot, connection_id=connection, reason="opened")
+        return client
+
+    def _client_refused(self, error: BaseException, slot: int, connection: int) -> None:
+        serving.log_refusal(error, self._name, slot, connection)
 
     def _accept(self, sock: socket.socket, metadata: bytes, mask: int, mailed: bool) -> tuple[Any, ...]:
         """Take a dialled socket over: what the core's install() wants."""
         try:
-            bucket, address = _kind_of(sock)
+            bucket, address = kind_of(sock)
             if not mask >> bucket & 1:
                 protocol, version = BUCKETS[bucket]
                 wanted = self._wanted(mask)
                 if wanted[0] not in (None, protocol):
                     raise NoConnectionForProtocol(protocol=str(wanted[0]), available=(protocol.value,))
                 raise NoConnectionForIPVersion(ip_version=_as_int(wanted[1]), available=_versions(version))
-            private = _is_private(sock)
-            ours = sock if private else _take_over(sock)
+            private = is_private(sock)
+            ours = sock if private else take_over(sock)
             sock = ours
             self._restore(ours)
             mark = ours._mark if isinstance(ours, PooledSocket) else bytearray(1)
@@ -644,77 +967,33 @@ def _name_of(dial: Callable[..., object] | None) -> str:
     return f"{getattr(dial, '__module__', '?')}.{name}" if name else repr(dial)
 
 
-def _is_private(sock: socket.socket) -> bool:
-    """TLS state lives in one process's memory. ssl is not imported for the question."""
-    ssl = sys.modules.get("ssl")
-    return ssl is not None and isinstance(sock, ssl.SSLSocket)
+def _slots_for(config: PoolConfig) -> int:
+    """How many slots a new pool has: what resize() may ever use, and two that a listening pool keeps for itself."""
+    if config.resize_limit is not None:
+        slots = config.resize_limit
+    else:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        room = math.inf if hard == resource.RLIM_INFINITY else (hard - _descriptors_open() - SPARE_DESCRIPTORS) // 2
+        slots = int(max(config.max_connections, min(2 * config.max_connections, room, _core.MAX_SLOTS)))
+    return slots + 2 * config.listening
 
 
-def _take_over(sock: socket.socket) -> PooledSocket:
-    """A PooledSocket in place of a dialled socket. Whatever interrupts this, one of the two closes the descriptor."""
-    ours = PooledSocket.__new__(PooledSocket)
-    try:
-        ours.__init__(fileno=sock.fileno())  # type: ignore[misc]
-        sock.detach()
-    except BaseException:
-        if sock.fileno() >= 0:
-            socket.socket.detach(ours)
-        else:
-            socket.socket.close(ours)
-        raise
-    return ours
+def _descriptors_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
-def _socket_and_metadata(result: Any) -> tuple[socket.socket, bytes]:
-    """What a dial returned, checked."""
-    sock, metadata = result if isinstance(result, tuple) and len(result) == 2 else (result, b"")
-    if not isinstance(sock, socket.socket) or not isinstance(metadata, bytes):
-        raise TypeError(f"dial must return a socket, or (socket, bytes), not {result!r:.200}")
-    if sock.fileno() < 0:
-        raise ValueError("dial returned a closed socket")
-    if len(metadata) > _core.MAX_METADATA:
-        raise ValueError(f"dial returned {len(metadata)} bytes of metadata; {_core.MAX_METADATA} is the most")
-    return sock, metadata
-
-
-def _kind_of(sock: socket.socket) -> tuple[int, bytes]:
-    """The bucket of a connected socket, and its peer as the slab stores it: address, port, nothing for unix."""
-    try:
-        peer = sock.getpeername()
-    except OSError as error:
-        raise DialError(target="dial") from error
-    if sock.family == socket.AF_UNIX:
-        return BUCKETS.index((Protocol.UNIX, None)), bytes(24)
-    kind = (_PROTOCOLS.get(sock.type), _FAMILIES.get(sock.family))
-    if kind not in BUCKETS:
-        unfit = ValueError(f"dial must return a TCP, UDP or unix socket, not {sock.family!r} {sock.type!r}")
-        raise DialError(target="dial") from unfit
-    host, port = peer[:2]
-    packed = socket.inet_pton(sock.family, host.partition("%")[0])
-    return BUCKETS.index(kind), packed.ljust(16, b"\0") + struct.pack("!H6x", port)
-
-
-def _unix_path(sock: socket.socket, target: Target | None) -> str:
-    if target is not None:
-        return target.path
-    with contextlib.suppress(OSError):
-        name = sock.getpeername()
-        return name if isinstance(name, str) else "\0" + bytes(name)[1:].decode(errors="replace")
-    return ""
-
-
-def _reserve_descriptors(connections: int) -> None:
-    """Each process needs a mailbox and a copy for each connection: see that the limit allows it, raise the soft one."""
-    in_use = len(os.listdir("/proc/self/fd"))
-    needed = in_use + 2 * connections + _SPARE_DESCRIPTORS
+def _reserve_descriptors(slots: int, connections: int) -> None:
+    """Each process needs a mailbox and a copy for each slot: see that the limit allows it, raise the soft one."""
+    in_use = _descriptors_open()
+    needed = in_use + 2 * slots + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         remedy = (
-            f"each process needs {needed} descriptors (two a connection, {in_use} open, {_SPARE_DESCRIPTORS} spare), "
-            f"but the hard limit is {hard}; lower max_connections to "
-            f"{max(0, (hard - in_use - _SPARE_DESCRIPTORS) // 2)} or raise the limit (ulimit -Hn, LimitNOFILE=)"
+            f"each process needs {needed} descriptors (two for each of {slots} slots, {in_use} open, "
+            f"{SPARE_DESCRIPTORS} spare), but the hard limit is {hard}; lower max_connections (or resize_limit) to "
+            f"{max(0, (hard - in_use - SPARE_DESCRIPTORS) // 2)} or raise the limit (ulimit -Hn, LimitNOFILE=)"
         )
         raise InvalidConfig(field="max_connections", value=connections, remedy=remedy)
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

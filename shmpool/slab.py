@@ -131,23 +131,23 @@ def checked_path(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def view(name: str) -> Iterator[_core.SlabView]:
-    """A read-only look at the segment `name`, for as long as the block lasts; see `open_view`."""
-    found = open_view(name)
+def view(name: str, *, writable: bool = False) -> Iterator[_core.SlabView]:
+    """A look at the segment `name`, for as long as the block lasts; see `open_view`."""
+    found = open_view(name, writable=writable)
     try:
         yield found
     finally:
         found.close()
 
 
-def open_view(name: str) -> _core.SlabView:
-    """A read-only look at the segment `name`, whose status and contents have been found good.
+def open_view(name: str, *, writable: bool = False) -> _core.SlabView:
+    """A look at the segment `name`, whose status and contents have been found good; read-only unless `writable`.
 
     Raises PoolNotFound, SlabCorrupt, SlabVersionMismatch, or InvalidConfig for an impossible name.
     """
-    fd = open_checked(name)
+    fd = open_checked(name, writable=writable)
     try:
-        return _core.SlabView(fd)
+        return _core.SlabView(fd, writable=writable)
     except ValueError as error:
         why, is_version = error.args if len(error.args) == 2 else (str(error), False)
         if is_version:

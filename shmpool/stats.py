@@ -7,9 +7,9 @@
 
 A snapshot is a plain dict that the core makes; everything here is computed from it and nothing is asked again, so the
 figures of one `PoolStats` belong together as far as a pool that is never stopped for looking allows. Gauges
-(connections by state, waiting) are of the moment; counters and latencies are of `interval` seconds: the pool's
-life, or the time between two snapshots. Counters of a worker belong to its index, and go on when a new process takes
-the index over: sums over `workers` are sums over all processes, living and departed.
+(connections by state, waiting, the server's state) are of the moment; counters and latencies are of `interval` seconds:
+the pool's life, or the time between two snapshots. Counters of a worker belong to its index, and go on when a new
+process takes the index over: sums over `workers` are sums over all processes, living and departed.
 
 Invariants: a counter of the core that is a field here bears the same name (`slab.h` has the list, with what each
 counts). A damaged slab may yield senseless figures, never an exception.
@@ -19,6 +19,8 @@ Not here: taking the snapshot (the core, `inspector`), and showing it (`cli`).
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import socket
 import time
@@ -27,11 +29,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from .config import PoolConfig
+
 __all__ = ["ConnectionStats", "Latency", "PoolStats", "WorkerStats"]
 
-# Counters of a worker that say where a lease came from, and those that say why a call got none.
-SOURCES = ("hits", "freelist", "steals", "dials", "handovers")
-FAILURES = ("timeouts", "exhausted", "refused", "dial_errors", "interrupted")
+# Counters that say where a lease came from, and why a call got none: those of workers, but for the last, because who
+# calls after it has given its part back is no worker.
+SOURCES = ("hits", "freelist", "steals", "dials", "spoken", "handovers")
+FAILURES = ("timeouts", "exhausted", "refused", "dial_errors", "interrupted", "late_refusals")
 # Of a slot, in the order of slot.h.
 STATES = ("empty", "dialing", "leased", "idle", "checking", "retiring", "offered")
 # What a worker has in its hands, as against what lies idle.
@@ -40,8 +45,11 @@ HELD = frozenset({"leased", "dialing", "checking", "retiring", "offered"})
 _DESCRIBED = HELD - {"dialing"} | {"idle"}
 
 _BUCKETS: tuple[tuple[str, int | None], ...] = (("tcp", 4), ("tcp", 6), ("udp", 4), ("udp", 6), ("unix", None))
-_FLAGS = ("private", "unmailed")
+_FLAGS = ("private", "unmailed", "ending")
 _CLOSED = "closed_"
+_DOWN = frozenset({"down", "probing"})
+# The settings that say how many connections are kept open.
+_SIZES = ("listening", "max_connections", "min_connections", "max_idle_connections")
 
 # (lower, upper, count) of a bucket; nanoseconds
 _Histogram = Sequence[tuple[int, int, int]]
@@ -147,7 +155,7 @@ class ConnectionStats(_Record):
 
     `holder` is the pid that has it in its hands, `cached_by` the pid in whose local cache it lies idle. `since` is how
     long it has been leased, or unused. `flags`: "private" (only one process can use it), "unmailed" (its descriptor
-    could not be deposited).
+    could not be deposited), "ending" (evict() or resize() will end it when it is returned).
     """
 
     index: int
@@ -170,28 +178,44 @@ class PoolStats(_Record):
 
     name: str
     target: str
-    state: str
+    state: str  # "open", "paused", "draining", "closed"
     pid: int  # who created it
     created_at: float  # time.time()
     interval: float
-    max_connections: int
+    max_connections: int  # as it is now; resize() changes it, up to resize_limit
+    resize_limit: int
 
     # the moment
-    connections: dict[str, int]  # slots by state
+    connections: dict[str, int]  # slots by state; "empty" are those that may still be opened
     waiting: int
     oldest_wait: float
+
+    # the server, as the last dials found it: "unproved" (nobody knows), "up", "down", "probing" (down, and one dial is
+    # finding out whether it still is)
+    upstream: str
+    upstream_error: str  # of the last failed dial while it is down, else ""
+    upstream_down_for: float  # how long it has been down, else 0
+    upstream_retry_in: float  # when the next dial may begin, while it is down; else 0: now
+
+    # opening min_connections, at the beginning of the pool's life
+    prewarm_target: int
+    prewarm_created: int
+    prewarm_failed: int  # given up by it; they are opened later
+    prewarm_done: bool
 
     # how calls of get() ended: leases by source, failures by kind
     hits: int = 0
     freelist: int = 0
     steals: int = 0
-    dials: int = 0
+    dials: int = 0  # in a pool that listens: clients that are new
+    spoken: int = 0  # in one that listens: clients that have spoken again
     handovers: int = 0
     timeouts: int = 0
     exhausted: int = 0
     refused: int = 0
     dial_errors: int = 0
     interrupted: int = 0
+    late_refusals: int = 0
 
     # what else happened in the workers
     waits: int = 0
@@ -206,8 +230,12 @@ class PoolStats(_Record):
     closed: dict[str, int]  # by reason
     dial_attempts: int = 0
     dial_failures: int = 0
+    upstream_failures: int = 0  # dials that failed because of the server
     failed_deposits: int = 0
     leaks: int = 0
+    overdue_leases: int = 0
+    health_checks: int = 0  # in the background; `checks` are those at a lease
+    health_failures: int = 0
 
     # what was taken back from the dead
     recoveries: int = 0
@@ -235,6 +263,8 @@ class PoolStats(_Record):
         "hit_rate",
         "utilisation",
         "reuse_average",
+        "dial_failure_rate",
+        "health_success_rate",
     )
 
     @classmethod
@@ -245,7 +275,11 @@ class PoolStats(_Record):
         for worker in workers:
             counters.update(worker["counters"])
         states = dict.fromkeys(STATES, 0) | Counter(str(slot["state"]) for slot in slots)
+        used = sum(states.values()) - states["empty"]
+        states["empty"] = max(0, snapshot["max_connections"] - used)  # more are used while resize() ends some
         known = {each.name for each in fields(cls)}
+        upstream, (created, failed, done) = snapshot["upstream"], snapshot["prewarm"]
+        down = upstream["state"] in _DOWN
         return cls(
             name=snapshot["name"],
             target=snapshot["target"],
@@ -254,9 +288,19 @@ class PoolStats(_Record):
             created_at=snapshot["created_at"],
             interval=_interval(snapshot),
             max_connections=snapshot["max_connections"],
+            resize_limit=snapshot["resize_limit"],
             connections=states,
             waiting=len(waiters),
             oldest_wait=max((_elapsed(snapshot, waiter["since_ns"]) for waiter in waiters), default=0.0),
+            upstream=upstream["state"],
+            upstream_error=upstream["error"] if down else "",
+            upstream_down_for=_elapsed(snapshot, upstream["since_ns"]) if down else 0.0,
+            upstream_retry_in=_remaining(snapshot, upstream["retry_ns"]) if upstream["state"] == "down" else 0.0,
+            upstream_failures=upstream["failures"],
+            prewarm_target=_minimum(snapshot["config"]),
+            prewarm_created=created,
+            prewarm_failed=failed,
+            prewarm_done=bool(done),
             closed={name.removeprefix(_CLOSED): n for name, n in counters.items() if name.startswith(_CLOSED)},
             get_latency=Latency.from_histogram(_merged(worker["get_hist"] for worker in workers)),
             wait_latency=Latency.from_histogram(snapshot["wait_hist"]),
@@ -281,7 +325,7 @@ class PoolStats(_Record):
 
     @property
     def open(self) -> int:
-        """Slots that are not empty: the connections there are, or are being opened or closed."""
+        """The connections there are, or are being opened or closed."""
         return sum(self.connections.values()) - self.connections.get("empty", 0)
 
     @property
@@ -318,6 +362,16 @@ class PoolStats(_Record):
     def reuse_average(self) -> float:
         """Leases a connection."""
         return _ratio(self.successes, self.created)
+
+    @property
+    def dial_failure_rate(self) -> float:
+        """The share of dials that failed."""
+        return _ratio(self.dial_failures, self.dial_attempts)
+
+    @property
+    def health_success_rate(self) -> float:
+        """The share of background checks that found their connection well; 1 when there were none."""
+        return 1.0 - _ratio(self.health_failures, self.health_checks)
 
 
 # From rows of the snapshot to the records ---------------------------------------------------------------------------
@@ -403,6 +457,23 @@ def _elapsed(snapshot: Mapping[str, Any], since_ns: int) -> float:
     return max(0, now - since_ns) / 1e9 if since_ns else 0.0
 
 
+def _remaining(snapshot: Mapping[str, Any], until_ns: int) -> float:
+    """Seconds from the snapshot to then; 0 when it is over."""
+    now: int = snapshot["now"]
+    return max(0, until_ns - now) / 1e9
+
+
+@functools.lru_cache(maxsize=64)
+def _minimum(config: str) -> int:
+    """How many connections a pool of these settings keeps open; 0 when they cannot be read."""
+    try:
+        settings = json.loads(config)
+        wanted = {name: settings[name] for name in _SIZES if name in settings}
+        return PoolConfig.from_dict({"target": "unix:///any", **wanted}).effective_min_connections
+    except (ValueError, TypeError, RecursionError):
+        return 0
+
+
 def _interval(snapshot: Mapping[str, Any]) -> float:
     """The seconds that a difference covers, or from the pool's creation to the snapshot.
 
@@ -450,6 +521,7 @@ def _difference(later: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[st
         **later,
         "interval": (later["now"] - earlier["now"]) / 1e9,
         "totals": _less(later["totals"], earlier["totals"]),
+        "upstream": {**later["upstream"], "failures": later["upstream"]["failures"] - earlier["upstream"]["failures"]},
         "workers": workers,
         "wait_hist": _histogram_less(later["wait_hist"], earlier["wait_hist"]),
         "dial_hist": _histogram_less(later["dial_hist"], earlier["dial_hist"]),

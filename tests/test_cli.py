@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,10 +22,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shmpool
-from shmpool import Pool, cli, slab
+from shmpool import Pool, cli, slab, steering
 from shmpool.cli import View, count_text, fit, main, plain_lines, size_text, time_text
 from shmpool.inspector import PoolInfo, list_pools
-from tests.processes import Family
+from tests.members import Members, WakesAtTheSecondLook, members_of, some_name
+from tests.processes import Family, until
+from tests.servers import ExclusiveServer
 
 DEADLINE_S = 30.0
 COMMAND = [sys.executable, "-m", "shmpool"]
@@ -39,7 +41,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def pool(url: str) -> Iterator[Pool]:
-    with Pool(url, max_connections=3, name=f"test-{os.getpid()}-{secrets.token_hex(4)}") as made:
+    with Pool(url, max_connections=3, min_connections=0, name=f"test-{os.getpid()}-{secrets.token_hex(4)}") as made:
         yield made
 
 
@@ -131,6 +133,261 @@ def test_doctor_removes_what_the_dead_left(
     assert list(tmp_path.iterdir()) == []
 
 
+# Steering -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def name() -> str:
+    return some_name()
+
+
+@pytest.fixture
+def members(name: str, family: Family, server: ExclusiveServer) -> Iterator[Callable[..., Members]]:
+    """Of a pool that this process has no part in."""
+    with members_of(name, family, server) as make:
+        yield make
+
+
+class Shell:
+    """Runs commands on one pool, in this process."""
+
+    def __init__(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        self._name, self._capsys = name, capsys
+
+    def says(self, command: str, *options: str, status: int = 0) -> str:
+        """What a command prints, all of it on standard output, or with a status of its own all on standard error."""
+        assert main([command, self._name, *options]) == status
+        out, err = self._capsys.readouterr()
+        assert not (out and err)
+        return (out or err).rstrip("\n").replace(self._name, "NAME")
+
+    def json(self, command: str, *options: str, status: int = 0) -> dict[str, object]:
+        """What it prints as JSON, without the name."""
+        figures: dict[str, object] = json.loads(self.says(command, *options, "--json", status=status))
+        assert figures.pop("name") == "NAME"
+        return figures
+
+
+@pytest.fixture
+def shell(name: str, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(name, capsys)
+
+
+def test_pause_and_resume(members: Callable[..., Members], shell: Shell) -> None:
+    one = members(max_connections=1)
+    _, gives_back = one.holder()
+    waiter = one.waiter()
+    assert shell.says("pause") == "NAME is paused: callers wait until `shmpool resume NAME`"
+    gives_back.set()
+    until(lambda: one.stats().idle == 1, "it is given back")
+    assert "  paused: callers wait  " in shell.says("stats")
+    assert shell.says("pause") == "NAME was paused already: callers wait until `shmpool resume NAME`"
+    assert shell.json("pause") == {"state": "paused", "changed": False}
+    assert waiter.alive()
+    assert shell.says("resume") == "NAME is open again: callers are served"
+    assert waiter.result() >= 1
+    assert shell.says("resume") == "NAME was open already"
+    assert shell.json("resume") == {"state": "open", "changed": False}
+
+
+def test_drain(members: Callable[..., Members], shell: Shell) -> None:
+    two = members(max_connections=2)
+    _, gives_back = two.holder(2)
+    after = "callers get PoolClosed until `shmpool resume NAME`"
+    assert (
+        shell.says("drain", "--timeout", "0.01", status=1)
+        == f"NAME still drains: 2 connections in use after 0.01 s; {after}"
+    )
+    assert "  draining: callers are refused  " in shell.says("stats")
+    assert shell.json("drain", "--timeout", "0.01", status=1) == {"state": "draining", "leases_left": 2, "open": 2}
+    gives_back.set()
+    assert shell.says("drain") == f"NAME is drained: nothing is in use; {after}"
+    assert shell.json("drain") == {"state": "draining", "leases_left": 0, "open": 0}
+
+
+def test_drain_that_leaves_what_is_idle(members: Callable[..., Members], shell: Shell) -> None:
+    one = members(max_connections=1, maintenance_interval=float("inf"))
+    _, gives_back = one.holder()
+    gives_back.set()
+    until(lambda: one.stats().idle == 1, "it is given back")
+    assert shell.says("drain").startswith("NAME is drained: nothing is in use, 1 connection idle; ")
+
+
+def test_drain_when_somebody_resumes(members: Callable[..., Members], name: str) -> None:
+    one = members(max_connections=1)
+    one.holder()
+    process = subprocess.Popen([*COMMAND, "drain", name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: one.stats().state == "draining", "it drains")
+    assert main(["resume", name]) == 0
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, err) == (1, "")
+    assert out == f"{name} is not drained: somebody has made it open meanwhile; 1 connection in use\n"
+
+
+def test_drain_when_the_last_process_ends(members: Callable[..., Members], name: str) -> None:
+    one = members(max_connections=1)
+    holder, _ = one.holder()
+    process = subprocess.Popen([*COMMAND, "drain", name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: one.stats().state == "draining", "it drains")
+    holder.kill()
+    slab.remove_remains(name)
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, err) == (1, "")
+    assert out.startswith(f"{name} still drains: 1 connection in use after 30 s; ")
+
+
+def test_resize(members: Callable[..., Members], shell: Shell) -> None:
+    three = members(max_connections=3, resize_limit=8, min_connections=1)
+    three.keeper()
+    _, gives_back = three.holder(3)
+    assert shell.says("resize", "8") == "NAME may have 8 connections, before 3"
+    assert (
+        shell.says("resize", "1")
+        == "NAME may have 1 connection, before 8; 2 more are open, and end when they are idle or returned"
+    )
+    assert shell.json("resize", "2") == {"max_connections": 2, "before": 1, "surplus": 1}
+    assert "] 3 leased of 2" in shell.says("stats")
+    gives_back.set()
+    until(lambda: three.stats().open <= 2, "the surplus ends")
+    assert "can have 1 (min_connections) to 8 connections" in shell.says("resize", "9", status=2)
+    assert "must be a whole number from 1" in shell.says("resize", "0", status=2)
+
+
+def test_evict(members: Callable[..., Members], shell: Shell, server: ExclusiveServer) -> None:
+    three = members(max_connections=3)
+    _, gives_back = three.holder(2)
+    assert shell.says("evict") == "NAME has no such connection"
+    in_use = "those in use end when they are returned, idle ones now"
+    first = str(three.stats().slots[0].id)
+    assert shell.says("evict", "--id", first) == f"evicted 1 connection of NAME: {in_use}"
+    assert shell.says("evict", "--peer", "127.0.0.1") == f"evicted 2 connections of NAME: {in_use}"
+    assert shell.json("evict", "--peer", f"127.0.0.1:{server.port}") == {"evicted": 2}
+    assert shell.json("evict", "--peer", "[::1]:1") == {"evicted": 0}
+    assert shell.json("evict", "--leased") == {"evicted": 2}
+    gives_back.set()
+    until(lambda: three.stats().open == 0, "they end when they are returned")
+    assert three.stats().closed["evicted"] == 2
+
+
+def test_evict_what_is_idle(members: Callable[..., Members], shell: Shell) -> None:
+    two = members(max_connections=2, maintenance_interval=float("inf"))
+    _, gives_back = two.holder(2)
+    gives_back.set()
+    until(lambda: two.stats().idle == 2, "both are idle")
+    assert shell.says("evict") == "evicted 2 connections of NAME: nobody gets them any more"
+    assert shell.says("stats").count("ending") == 2
+
+
+def test_recover(members: Callable[..., Members], shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = members(max_connections=2)
+    keeper = two.keeper()
+    assert shell.says("recover") == "no process of NAME has died"
+    keeper.stop()
+    holder, _ = two.holder()
+    holder.kill()
+    monkeypatch.setattr(steering, "time", WakesAtTheSecondLook(keeper))
+    assert shell.says("recover") == "recovered what 1 dead process of NAME held"
+    assert two.stats().in_use == 0
+    assert shell.json("recover") == {"recovered": 0}
+
+
+def test_recover_where_nobody_does_it(members: Callable[..., Members], shell: Shell) -> None:
+    two = members(max_connections=2, maintenance_interval=float("inf"))
+    two.keeper()
+    holder, _ = two.holder()
+    holder.kill()
+    assert "no process of it has a maintenance thread at work" in shell.says("recover", "--timeout", "0.1", status=1)
+
+
+def test_close(members: Callable[..., Members], shell: Shell) -> None:
+    one = members(max_connections=1)
+    holder, gives_back = one.holder()
+    closed = "NAME is closed: callers get PoolClosed, the name is free"
+    assert shell.says("close") == f"{closed}; 1 connection in use, which end when they are returned"
+    assert "there is no pool 'NAME'" in shell.says("close", status=1)
+    gives_back.set()
+    one.keeper()
+    assert shell.says("close", "--timeout", "5") == closed
+    holder, _ = one.holder()
+    assert shell.json("close", "--timeout", "0.01", status=1) == {"state": "closed", "leases_left": 1}
+    assert holder.alive()
+
+
+def test_remains_are_called_so(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    own = f"shmpool-{some_name()}-"  # pools of other tests reap what they see
+    monkeypatch.setattr(slab, "prefix", lambda: own)
+    with Pool(url) as pool:
+        path, bytes_ = Path(slab.path_of("remains")), Path(slab.path_of(pool.name)).read_bytes()
+    path.touch(0o600)
+    try:
+        path.write_bytes(bytes_)
+        assert main(["pause", "remains"]) == 1
+        assert capsys.readouterr().err == (
+            "shmpool: no process has pool 'remains' any more; 'shmpool doctor' removes what is left of it\n"
+        )
+    finally:
+        path.unlink()
+
+
+def test_steering_from_another_process(pool: Pool) -> None:
+    for words, said in [
+        (["pause", pool.name], f"{pool.name} is paused: "),
+        (["resume", pool.name], f"{pool.name} is open again: "),
+        (["resize", pool.name, "2"], f"{pool.name} may have 2 connections, before 3"),
+        (["evict", pool.name], f"{pool.name} has no such connection"),
+        (["recover", pool.name], f"no process of {pool.name} has died"),
+        (["drain", pool.name], f"{pool.name} is drained: "),
+        (["close", pool.name], f"{pool.name} is closed: "),
+    ]:
+        done = run(*words)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(said)
+    assert pool.closed
+
+
+@pytest.mark.parametrize(
+    ("text", "peer"),
+    [
+        ("1.2.3.4", "1.2.3.4"),
+        ("1.2.3.4:5", ("1.2.3.4", 5)),
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("[::1]:65535", ("::1", 65535)),
+        ("::ffff:1.2.3.4", "::ffff:1.2.3.4"),
+    ],
+)
+def test_peers(text: str, peer: object) -> None:
+    assert cli._peer(text) == peer
+
+
+# An outage, and the beginning ---------------------------------------------------------------------------------------
+
+
+def test_an_outage_is_shown(
+    deaf_port: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pool(f"tcp://127.0.0.1:{deaf_port}", dial_backoff=(60.0, 60.0), name=some_name()) as pool:
+        until(lambda: pool.stats().upstream == "down", "the first dial has failed")
+        assert main(["stats", pool.name]) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"^server +down for .+s, next dial in \d+.*s: .*refused", out, re.MULTILINE)
+        assert re.search(r"^prewarming +(0 of 2 are open|began with 0 of 2: 2 could not be opened)$", out, re.MULTILINE)
+        monkeypatch.setattr(cli, "list_pools", lambda: [each for each in list_pools() if each.name == pool.name])
+        assert main(["list"]) == 0
+        assert f"{pool.name}  open, server down  " in capsys.readouterr().out
+
+
+def test_the_opening_of_the_minimum_is_shown(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with Pool(url, min_connections=2, maintenance_interval=float("inf"), name=some_name()) as pool:
+        assert main(["stats", pool.name]) == 0
+        assert re.search(r"^prewarming +0 of 2 are open$", capsys.readouterr().out, re.MULTILINE)
+        pool.maintain()
+        assert main(["stats", pool.name]) == 0
+        out = capsys.readouterr().out
+        assert "prewarming" not in out
+        assert "server" not in out
+
+
 # stats --------------------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +397,7 @@ def test_stats(pool: Pool, capsys: pytest.CaptureFixture[str], url: str) -> None
     out = capsys.readouterr().out
     assert out.startswith(f"{pool.name}  {url}  open  ")
     assert re.search(r"^connections +\[█{8}·{16}\] 1 leased of 3$", out, re.MULTILINE)
-    assert re.search(r"^leases .*/s: 100.0 % dialled$", out, re.MULTILINE)
+    assert re.search(r"^leases .*/s: 100.0 % new$", out, re.MULTILINE)
     assert re.search(r"^trouble +none$", out, re.MULTILINE)
     assert re.search(rf"^ *{os.getpid()} +1 +0 +0 ", out, re.MULTILINE)
     assert re.search(rf"^ +1 +leased +{os.getpid()} .*{url.removeprefix('tcp://')}$", out, re.MULTILINE)
@@ -183,17 +440,24 @@ def test_which_of_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 # Errors -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["stats", "top", "unlink"])
+ON_A_POOL = ["stats", "top", "unlink", "pause", "resume", "drain", "evict", "recover", "close", "resize"]
+
+
+def on(command: str, name: str) -> list[str]:
+    return [command, name, *(["2"] if command == "resize" else [])]
+
+
+@pytest.mark.parametrize("command", ON_A_POOL)
 def test_no_such_pool(command: str, only: Pool, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "nobody-has-this"]) == 1
+    assert main(on(command, "nobody-has-this")) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"shmpool: there is no pool 'nobody-has-this' of this user; there are: {only.name}\n"
 
 
-@pytest.mark.parametrize("command", ["stats", "top", "unlink"])
+@pytest.mark.parametrize("command", ON_A_POOL)
 def test_no_such_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "../x"]) == 2
+    assert main(on(command, "../x")) == 2
     assert capsys.readouterr().err.startswith("shmpool: name='../x': must have ")
 
 
@@ -202,8 +466,9 @@ def test_damaged(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(slab.path_of(name))
     os.mkfifo(path, 0o600)
     try:
-        assert main(["stats", name]) == 1
-        assert "it is a FIFO, not shared memory" in capsys.readouterr().err
+        for command in ON_A_POOL[:2] + ON_A_POOL[3:]:
+            assert main(on(command, name)) == 1
+            assert "it is a FIFO, not shared memory" in capsys.readouterr().err
         assert main(["unlink", name]) == 0
         assert capsys.readouterr().out == f"removed {name}\n"
     finally:
@@ -230,6 +495,14 @@ def test_unlink_refuses_and_obeys(pool: Pool, capsys: pytest.CaptureFixture[str]
         (["demo", "--connections", "x"], "invalid number value: 'x'"),
         (["unlink"], "the following arguments are required: NAME"),
         (["stats", "a", "b"], "unrecognized arguments: b"),
+        (["pause"], "the following arguments are required: NAME"),
+        (["resize", "a"], "the following arguments are required: N"),
+        (["resize", "a", "many"], "invalid int value: 'many'"),
+        (["drain", "a", "--timeout", "-1"], "must be seconds, more than 0"),
+        (["evict", "a", "--peer", "localhost"], "'localhost' is no address, nor ADDRESS:PORT"),
+        (["evict", "a", "--peer", "1.2.3.4:http"], "'1.2.3.4:http' is no address"),
+        (["evict", "a", "--peer", "[::1:5"], "is no address"),
+        (["evict", "a", "--id", "x"], "invalid int value: 'x'"),
     ],
 )
 def test_misuse(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shmpool.config import IPVersion, PoolConfig, Protocol, Target
-from shmpool.dialing import DialRequest, buckets_of, dial_target
+from shmpool.dialing import DialRequest, _was_cut_short, buckets_of, dial_target, set_options
 from shmpool.errors import DialError, NoConnectionForIPVersion, NoConnectionForProtocol
 
 LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 
 
-def dial(text: str, *, timeout: float = 10.0, socket_timeout: float | None = 30.0, **request: Any) -> socket.socket:
-    config = PoolConfig(target=text, socket_timeout=socket_timeout)
+def dial(text: str, *, timeout: float = 10.0, settings: dict[str, Any] | None = None, **request: Any) -> socket.socket:
+    config = PoolConfig(target=text, **settings or {})
     return dial_target(Target.parse(text), DialRequest(timeout=timeout, **request), config)
 
 
@@ -32,15 +35,21 @@ def listener() -> Iterator[socket.socket]:
         yield server
 
 
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """A port whose backlog is full: it never answers."""
+@contextmanager
+def silent(family: socket.AddressFamily) -> Iterator[socket.socket]:
+    """A listener whose backlog is full: it never answers."""
     with ExitStack() as stack:
-        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        server = stack.enter_context(socket.create_server((LOOPBACK[family], 0), family=family, backlog=0))
         for _ in range(4):
-            filler = stack.enter_context(socket.socket())
+            filler = stack.enter_context(socket.socket(family))
             filler.setblocking(False)
             filler.connect_ex(server.getsockname())
+        yield server
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    with silent(socket.AF_INET) as server:
         yield int(server.getsockname()[1])
 
 
@@ -70,7 +79,7 @@ def test_ip(family: socket.AddressFamily, scheme: str) -> None:
         if scheme == "tcp":
             server.listen()
         host = f"[{LOOPBACK[family]}]" if family == socket.AF_INET6 else LOOPBACK[family]
-        with dial(f"{scheme}://{host}:{server.getsockname()[1]}", socket_timeout=7.0) as sock:
+        with dial(f"{scheme}://{host}:{server.getsockname()[1]}", settings={"socket_timeout": 7.0}) as sock:
             assert (sock.family, sock.type) == (family, kind)
             assert sock.getpeername() == server.getsockname()
             assert sock.gettimeout() == 7.0
@@ -85,7 +94,7 @@ def test_unix(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen()
-        with dial(f"unix://{path}", socket_timeout=None) as sock:
+        with dial(f"unix://{path}", settings={"socket_timeout": None}) as sock:
             assert sock.getpeername() == path
             assert sock.gettimeout() is None
 
@@ -130,14 +139,90 @@ def test_a_numeric_host_is_never_looked_up(listener: socket.socket, monkeypatch:
     assert flags == [socket.AI_NUMERICHOST]
 
 
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+def options(sock: socket.socket) -> dict[str, int]:
+    """The options that a pool may set, as the kernel has them."""
+    levels = {"SO": socket.SOL_SOCKET, "TCP": socket.IPPROTO_TCP}
+    names = ["SO_SNDBUF", "SO_RCVBUF"]
+    if sock.family != socket.AF_UNIX and sock.type == socket.SOCK_STREAM:
+        names += ["TCP_NODELAY", "SO_KEEPALIVE", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"]
+    return {name: sock.getsockopt(levels[name.split("_")[0]], getattr(socket, name)) for name in names}
+
+
+def changed(sock: socket.socket) -> dict[str, int]:
+    """The options in which a socket differs from a new one of its kind."""
+    with socket.socket(sock.family, sock.type) as plain:
+        return dict(options(sock).items() - options(plain).items())
+
+
+KEPT = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 5}
+OPTIONS: list[tuple[dict[str, Any], dict[str, int]]] = [
+    ({}, {"TCP_NODELAY": 1, "SO_KEEPALIVE": 1}),
+    ({"tcp_nodelay": False, "tcp_keepalive": False}, {}),
+    ({"tcp_nodelay": False, "tcp_keepalive": (60, 10, 5)}, {"SO_KEEPALIVE": 1, **KEPT}),
+    # The kernel doubles what it is told.
+    ({"tcp_nodelay": False, "tcp_keepalive": False, "send_buffer_size": 20_000}, {"SO_SNDBUF": 40_000}),
+    ({"tcp_nodelay": False, "tcp_keepalive": False, "receive_buffer_size": 30_000}, {"SO_RCVBUF": 60_000}),
+]
+
+
+@pytest.fixture
+def connecting(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+    """What `changed` says of each socket when it connects: the kernel tunes the sizes of a connected one."""
+    real, seen = socket.socket.connect, list[dict[str, int]]()
+
+    def connect(sock: socket.socket, address: Any) -> None:
+        seen.append(changed(sock))
+        real(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    return seen
+
+
+@pytest.mark.parametrize(("settings", "wanted"), OPTIONS)
+def test_options_are_set_before_the_connect(
+    settings: dict[str, Any], wanted: dict[str, int], listener: socket.socket, connecting: list[dict[str, int]]
+) -> None:
+    dial(f"tcp://127.0.0.1:{listener.getsockname()[1]}", settings=settings).close()
+    assert connecting == [wanted]
+
+
+def test_options_of_tcp_are_for_tcp_alone(connecting: list[dict[str, int]], tmp_path: Path) -> None:
+    settings = {"tcp_keepalive": (60, 10, 5), "send_buffer_size": 20_000, "receive_buffer_size": 30_000}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        server.listen()
+        dial(f"unix://{tmp_path / 's'}", settings=settings).close()
+    dial("udp://127.0.0.1:9", settings=settings).close()
+    assert connecting == [{"SO_SNDBUF": 40_000, "SO_RCVBUF": 60_000}] * 2
+
+
+@pytest.mark.parametrize(("settings", "wanted"), OPTIONS)
+def test_what_a_listener_accepts_has_its_options(settings: dict[str, Any], wanted: dict[str, int]) -> None:
+    with socket.socket() as server:
+        set_options(server, Protocol.TCP, PoolConfig(target="tcp://127.0.0.1:0", listening=True, **settings))
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        with socket.create_connection(server.getsockname()), server.accept()[0] as accepted:
+            assert wanted.items() <= options(accepted).items()
+
+
 # What is raised -----------------------------------------------------------------------------------------------------
 
 
-def fail(text: str, **request: Any) -> DialError:
-    """The error of a dial that must fail; the sockets it made must be closed."""
+def fail(text: str, *, meanwhile: Callable[[socket.socket], None] | None = None, **request: Any) -> DialError:
+    """The error of a dial that must fail; the sockets it made, and gave `meanwhile`, must be closed."""
+
+    def deposit(sock: socket.socket) -> None:
+        made.append(sock)
+        if meanwhile is not None:
+            meanwhile(sock)
+
     made: list[socket.socket] = []
     with pytest.raises(DialError) as caught:
-        dial(text, _predeposit=made.append, **request)
+        dial(text, _predeposit=deposit, **request)
     assert all(sock.fileno() == -1 for sock in made)
     assert caught.value.target == text
     assert text in str(caught.value)
@@ -220,6 +305,59 @@ def test_a_name_without_an_address_of_that_version(monkeypatch: pytest.MonkeyPat
     assert caught.value.available == (4,)
 
 
+# Turns --------------------------------------------------------------------------------------------------------------
+
+
+def tried(text: str, rotation: int) -> list[str]:
+    """The hosts that a dial tries, in their order; all refuse."""
+    return [part.split(": ")[0] for part in fail(text, _rotation=rotation).tried]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "rounds"),
+    [
+        (["127.0.0.1"], [["127.0.0.1"]] * 2),
+        (
+            ["127.0.0.1", "127.0.0.2", "127.0.0.3"],
+            [
+                ["127.0.0.1", "127.0.0.2", "127.0.0.3"],
+                ["127.0.0.2", "127.0.0.3", "127.0.0.1"],
+                ["127.0.0.3", "127.0.0.1", "127.0.0.2"],
+                ["127.0.0.1", "127.0.0.2", "127.0.0.3"],
+            ],
+        ),
+        # As a resolver gives them, one family after the other: they alternate, whoever's turn it is.
+        (
+            ["::1", "127.0.0.1", "127.0.0.2"],
+            [
+                ["::1", "127.0.0.1", "127.0.0.2"],
+                ["127.0.0.1", "127.0.0.2", "::1"],
+                ["127.0.0.2", "::1", "127.0.0.1"],
+            ],
+        ),
+        (["127.0.0.1", "127.0.0.2", "::1"], [["127.0.0.1", "::1", "127.0.0.2"], ["::1", "127.0.0.2", "127.0.0.1"]]),
+    ],
+)
+def test_the_addresses_take_turns(
+    hosts: list[str], rounds: list[list[str]], deaf_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve_to(monkeypatch, *hosts)
+    for rotation, wanted in enumerate(rounds):
+        assert tried(f"tcp://service:{deaf_port}", rotation) == wanted
+        assert tried(f"tcp://service:{deaf_port}", rotation + 60 * len(hosts)) == wanted
+
+
+def test_turns_spread_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = ["127.0.0.1", "127.0.0.2"]
+    with socket.create_server((hosts[0], 0)) as server, socket.create_server((hosts[1], server.getsockname()[1])):
+        resolve_to(monkeypatch, *hosts)
+        peers = []
+        for rotation in range(4):
+            with dial(f"tcp://service:{server.getsockname()[1]}", _rotation=rotation) as sock:
+                peers.append(sock.getpeername()[0])
+    assert peers == hosts * 2
+
+
 # The deposit, and what may interrupt --------------------------------------------------------------------------------
 
 
@@ -257,6 +395,104 @@ def test_a_socket_connected_to_itself_is_refused() -> None:
         with pytest.raises(DialError) as caught:
             dial(f"tcp://127.0.0.1:{holder.getsockname()[1]}", _predeposit=take_the_port)
     assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+
+
+# Cut short ----------------------------------------------------------------------------------------------------------
+
+SYN_SENT = 2  # what TCP_INFO calls a socket that waits for the other side
+
+
+def through_the_socket(sock: socket.socket) -> None:
+    sock.shutdown(socket.SHUT_RDWR)
+
+
+def through_a_copy(sock: socket.socket) -> None:
+    """As a forked child has one."""
+    with socket.socket(fileno=os.dup(sock.fileno())) as copy:
+        copy.shutdown(socket.SHUT_RDWR)
+
+
+SHUTDOWNS = [through_the_socket, through_a_copy]
+
+
+def cut(text: str, meanwhile: Callable[[socket.socket], None]) -> None:
+    """A dial that `meanwhile` cuts short: it ends long before its time, at the first address."""
+    started = time.monotonic()
+    error = fail(text, timeout=60.0, meanwhile=meanwhile)
+    assert time.monotonic() - started < 15.0
+    assert isinstance(error.__cause__, ConnectionAbortedError)
+    assert len(error.tried) == 1
+    assert "cut short" in str(error)
+
+
+@pytest.mark.parametrize("shutdown", SHUTDOWNS)
+@pytest.mark.parametrize("family", LOOPBACK)
+def test_a_dial_that_waits_is_cut_short(
+    shutdown: Callable[[socket.socket], None], family: socket.AddressFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def when_it_waits(sock: socket.socket) -> None:
+        while sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != SYN_SENT:
+            os.sched_yield()
+        shutdown(sock)
+
+    resolve_to(monkeypatch, LOOPBACK[family], "127.0.0.2")
+    with silent(family) as server, ExitStack() as stack:
+
+        def meanwhile(sock: socket.socket) -> None:
+            thread = threading.Thread(target=when_it_waits, args=[sock])
+            thread.start()
+            stack.callback(thread.join)
+
+        cut(f"tcp://service:{server.getsockname()[1]}", meanwhile)
+
+
+@pytest.mark.parametrize("shutdown", SHUTDOWNS)
+@pytest.mark.parametrize("answering", [False, True])
+def test_a_dial_that_has_not_come_to_waiting_is_cut_short(
+    shutdown: Callable[[socket.socket], None], answering: bool, silent_port: int, listener: socket.socket
+) -> None:
+    def meanwhile(sock: socket.socket) -> None:
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            shutdown(sock)
+
+    cut(f"tcp://127.0.0.1:{listener.getsockname()[1] if answering else silent_port}", meanwhile)
+    cut("udp://127.0.0.1:9", meanwhile)
+
+
+@pytest.mark.parametrize("family", LOOPBACK)
+def test_a_reset_by_the_server_is_not_taken_for_a_shutdown(family: socket.AddressFamily) -> None:
+    with (
+        socket.create_server((LOOPBACK[family], 0), family=family) as server,
+        socket.create_connection(server.getsockname()[:2]) as sock,
+    ):
+        accepted, _ = server.accept()
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        accepted.close()
+        poller = select.poll()
+        poller.register(sock, 0)
+        assert poller.poll(10_000) == [(sock.fileno(), select.POLLHUP | select.POLLERR)]
+        for number in (errno.ECONNRESET, errno.ENOTCONN):
+            assert not _was_cut_short(sock, OSError(number, ""))
+
+
+def test_a_server_that_ends_its_first_connection_is_not_taken_for_a_shutdown(tmp_path: Path) -> None:
+    """Over a unix socket that shuts both directions here too."""
+
+    def serve() -> None:
+        for _ in range(50):
+            server.accept()[0].close()
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        server.listen(50)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        for _ in range(50):
+            dial(f"unix://{tmp_path / 's'}").close()
+        thread.join()
+
+
+# Interrupted --------------------------------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -309,7 +545,8 @@ def test_buckets_of(text: str, buckets: set[tuple[str, int | None]]) -> None:
     assert buckets_of(Target.parse(text)) == buckets
 
 
-def test_a_request_keeps_the_deposit_to_itself() -> None:
-    request = DialRequest(protocol=Protocol.TCP, timeout=1.0, _predeposit=os.abort)  # type: ignore[arg-type]
+def test_a_request_keeps_the_private_parts_to_itself() -> None:
+    request = DialRequest(protocol=Protocol.TCP, timeout=1.0, _predeposit=os.abort, _rotation=3)  # type: ignore[arg-type]
     assert request == DialRequest(protocol=Protocol.TCP, timeout=1.0)
     assert "_predeposit" not in repr(request)
+    assert "_rotation" not in repr(request)

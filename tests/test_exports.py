@@ -12,8 +12,10 @@ import shmpool
 from shmpool import errors
 
 PUBLIC = {
+    "ClosedConnection",
     "DialRequest",
     "IPVersion",
+    "LeakReport",
     "Pool",
     "PoolConfig",
     "PoolStats",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import math
 import os
 import resource
 import signal
@@ -25,7 +26,11 @@ from typing import Any
 import pytest
 
 import shmpool.dialing
+import shmpool.health
+import shmpool.leaks
+import shmpool.maintenance
 import shmpool.pool
+import shmpool.sockets
 from shmpool import (
     DialError,
     DialRequest,
@@ -330,25 +335,34 @@ def test_a_silent_server_ends_with_the_time(make: Callable[..., Pool]) -> None:
         assert states(pool) == {"empty": 1}
 
 
-def test_a_failed_dial_lets_the_next_one_try(
-    make: Callable[..., Pool], server: ExclusiveServer, threads: ThreadPoolExecutor
+@pytest.mark.parametrize("when_down", ["fail", "wait"])
+def test_a_failed_dial_is_news_for_who_waits_for_it(
+    make: Callable[..., Pool], server: ExclusiveServer, threads: ThreadPoolExecutor, when_down: str
 ) -> None:
-    """Whoever waits for the permit is told when the dial that has it fails."""
+    """Nothing else can come back: by default they hear it at once; who rather waits gets the next dial's connection."""
     dialling, go_on = threading.Event(), threading.Event()
 
     def fail() -> None:
         dialling.set()
         assert go_on.wait(30)
-        raise OSError("no")
+        raise error
 
-    pool = make(dial=Scripted(server, fail))
-    first = threads.submit(pool.get)
+    error = OSError("no")
+    pool = make(dial=Scripted(server, fail), when_down=when_down)
+    first = threads.submit(lambda: pool.get(30).release())
     assert dialling.wait(10)
-    second = threads.submit(pool.get, 30)
+    second = threads.submit(lambda: pool.get(30).release())
     until(lambda: pool.stats().waiting == 1, "the second waits")
     go_on.set()
-    assert isinstance(first.exception(10), DialError)
-    second.result(10).release()
+    if when_down == "wait":
+        first.result(10)
+        second.result(10)
+        assert pool.stats().dial_attempts == 2
+    else:
+        for waiter in (first, second):
+            assert isinstance(waiter.exception(10), DialError)
+            assert "no" in str(waiter.exception())
+    pool.get().release()
 
 
 # Interrupts at every point --------------------------------------------------------------------------------------------
@@ -357,7 +371,17 @@ def test_a_failed_dial_lets_the_next_one_try(
 class Interrupter:
     """Raises at the n-th bytecode executed in the pool's Python, as Ctrl-C may."""
 
-    files = (shmpool.pool.__file__, shmpool.dialing.__file__)
+    files = frozenset(
+        module.__file__
+        for module in (
+            shmpool.dialing,
+            shmpool.health,
+            shmpool.leaks,
+            shmpool.maintenance,
+            shmpool.pool,
+            shmpool.sockets,
+        )
+    )
 
     def __init__(self, countdown: int) -> None:
         self.countdown = countdown
@@ -418,6 +442,7 @@ def test_an_interrupt_at_every_point(
 ) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     settings: dict[str, Any] = {"max_connections": 2, "min_connections": 1, "max_workers": 2, "max_waiters": 2}
+    settings["maintenance_interval"] = math.inf  # another thread's connections would be counted too
     source: dict[str, Any] = {"target": server.url}
     if dialled_by == "dial":
         source = {"dial": lambda _request: (server.connect(), b"meta")}
@@ -589,7 +614,7 @@ def test_a_hard_limit_of_descriptors_that_is_too_low(server: ExclusiveServer) ->
         with pytest.raises(InvalidConfig) as caught:
             Pool(server.url, max_connections=500)
         assert len(descriptors()) == before
-        fitting = int(caught.value.remedy.partition("lower max_connections to ")[2].split()[0])
+        fitting = int(caught.value.remedy.partition("lower max_connections (or resize_limit) to ")[2].split()[0])
         with Pool(server.url, max_connections=fitting) as pool, ExitStack() as stack:
             for _ in range(fitting):
                 stack.enter_context(pool.get())

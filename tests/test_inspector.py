@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import secrets
 import signal
@@ -29,9 +30,13 @@ from shmpool import (
 )
 from shmpool.inspector import PoolInfo, inspect, list_pools, unlink
 
-HEADER_BYTES = 4096  # slab.h
-TEXT_BYTES = {"name": 72, "target": 256, "config": 2048}
-OFFSETS = {"magic": 0, "version": 8, "format": 12, "size": 16, "id": 24, "slots": 56, "name": 72, "state": 4096 - 120}
+HEADER_BYTES = 8192  # slab.h
+TEXT_BYTES = {"name": 72, "target": 256, "config": 4096}
+OFFSETS = {"magic": 0, "version": 8, "format": 12, "size": 16, "id": 24, "slots": 56, "name": 72}
+STEERED_BYTES = 256
+OFFSETS["steered"] = HEADER_BYTES - 128 - STEERED_BYTES
+OFFSETS["state"] = HEADER_BYTES - 120
+STATES = ("open", "closed", "paused", "draining")  # 1, 2, ...
 
 
 @pytest.fixture
@@ -47,14 +52,14 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def pool(url: str, name: str) -> Iterator[Pool]:
-    with Pool(url, max_connections=3, name=name) as made:
+    with Pool(url, max_connections=3, name=name, maintenance_interval=math.inf) as made:
         yield made
 
 
 @pytest.fixture
 def whole(url: str) -> bytes:
     """The bytes of a sound slab."""
-    with Pool(url, max_connections=3) as made:
+    with Pool(url, max_connections=3, maintenance_interval=math.inf) as made:
         return Path(slab.path_of(made.name)).read_bytes()
 
 
@@ -154,6 +159,7 @@ def test_list_tells_the_pools_there_are(pool: Pool, url: str) -> None:
             size=Path(slab.path_of(pool.name)).stat().st_size,
             max_connections=3,
             target=url,
+            upstream="unproved",
             created_at=pool.stats().created_at,
         )
         assert find(other.name).max_connections == 7
@@ -205,6 +211,10 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no slots": (lambda whole: patched(whole, "slots", bytes(4)), "sizes contradict"),
     "endless name": (lambda whole: patched(whole, "name", b"x" * TEXT_BYTES["name"]), "does not end"),
     "no state": (lambda whole: patched(whole, "state", bytes(4)), "its state is none that exists"),
+    "a state too many": (
+        lambda whole: patched(whole, "state", (len(STATES) + 1).to_bytes(4, "little")),
+        "its state is none that exists",
+    ),
 }
 
 
@@ -223,6 +233,23 @@ def test_damaged_slabs(damage: str, whole: bytes, name: str) -> None:
 def test_a_sound_copy_is_sound(whole: bytes, name: str) -> None:
     with segment(name, whole), inspect(name) as inspector:
         assert inspector.stats().max_connections == 3
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_each_state_that_there_is(state: str, whole: bytes, name: str) -> None:
+    with segment(name, patched(whole, "state", (1 + STATES.index(state)).to_bytes(4, "little"))):
+        with inspect(name) as inspector:
+            assert inspector.stats().state == state
+        assert find(name).state == state
+
+
+def test_figures_that_cannot_be_are_shown_as_they_may_be(whole: bytes, name: str) -> None:
+    """What members change while the pool lives is believed by nobody: it is bounded at each reading."""
+    with segment(name, patched(whole, "steered", b"\xff" * STEERED_BYTES)), inspect(name) as inspector:
+        stats = inspector.stats()
+        assert stats.max_connections == stats.resize_limit
+        assert (stats.upstream, stats.upstream_error) == ("invalid", "")
+        assert stats.connections["empty"] == stats.resize_limit
 
 
 @pytest.mark.parametrize(
@@ -247,9 +274,9 @@ def test_a_name_that_is_no_text(whole: bytes, name: str) -> None:
 
 
 def test_every_header_byte_may_be_wrong(whole: bytes, name: str) -> None:
-    """Whatever single byte of the fixed part of the header is changed: an error of ours, or a snapshot."""
+    """Whatever single byte of the header is changed, but for the texts: an error of ours, or a snapshot."""
     with segment(name, whole) as path, open(path, "r+b", buffering=0) as file:
-        for at in range(OFFSETS["name"]):
+        for at in (*range(OFFSETS["name"]), *range(OFFSETS["steered"], HEADER_BYTES)):
             os.pwrite(file.fileno(), bytes([whole[at] ^ 0xFF]), at)
             with contextlib.suppress(PoolError), inspect(name) as inspector:
                 inspector.stats()

@@ -10,6 +10,7 @@ Not here: every kind of worker against every protocol, and pools on their way by
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import secrets
@@ -477,7 +478,7 @@ def test_members_have_forked_and_not_used_the_pool_since(
     company: Company, settings: dict[str, Any], name: str, who: str
 ) -> None:
     parent = company.fork()
-    parent.do(make, **settings)
+    parent.do(make, **settings, maintenance_interval=math.inf)
     number = parent.do(lease_once)
     child = parent.do(joining.fork_one)
     assert parent.do(joining.count) == 1  # nobody answers
@@ -490,6 +491,17 @@ def test_members_have_forked_and_not_used_the_pool_since(
     with attach(name) as pool:
         assert use(pool) == number
         parent.kill()
+
+
+@pytest.mark.usefixtures("only_by_asking")
+def test_maintenance_uses_the_pool_after_a_fork(company: Company, settings: dict[str, Any], name: str) -> None:
+    """So its process answers newcomers again, whatever the program does."""
+    parent = company.fork()
+    parent.do(make, **settings)
+    number = parent.do(lease_once)
+    parent.do(joining.fork_one)
+    with attach(name) as pool:
+        assert use(pool) == number
 
 
 @needs_copying
@@ -539,19 +551,21 @@ def test_no_place_is_left(company: Company, settings: dict[str, Any], name: str)
         first.end()
 
 
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
 def test_an_answering_thread_and_forks(settings: dict[str, Any], family: Family) -> None:
     """A process with a named pool has one thread more, and none directly after a fork, on either side."""
-
-    def threads() -> int:
-        return len(os.listdir("/proc/self/task"))
 
     def child() -> list[int]:
         before = threads()
         use(pool)
         return [before, threads()]
 
+    settings["maintenance_interval"] = math.inf
     alone = threads()
-    with Pool(settings["target"], min_connections=0) as unnamed:
+    with Pool(settings["target"], min_connections=0, maintenance_interval=math.inf) as unnamed:
         use(unnamed)
         assert threads() == alone
     with Pool(**settings) as pool:
@@ -563,12 +577,36 @@ def test_an_answering_thread_and_forks(settings: dict[str, Any], family: Family)
     assert threads() == alone
 
 
+def test_the_threads_of_a_process(settings: dict[str, Any], family: Family) -> None:
+    """One that maintains, and one that answers when the pool has a name: also after a fork, when it was used; in the
+    parent maintenance uses it."""
+
+    def child() -> list[int]:
+        before = threads()
+        use(pool)
+        return [before, threads()]
+
+    alone = threads()
+    with Pool(settings["target"], min_connections=0) as unnamed:
+        use(unnamed)
+        assert threads() == alone + 1
+    assert threads() == alone
+    with Pool(**settings) as pool:
+        assert threads() == alone + 2
+        assert family.fork(child).result() == [1, 3]
+        until(lambda: threads() == alone + 2, "maintenance goes on")
+    assert threads() == alone
+
+
 # ---- what must be equal --------------------------------------------------------------------------------------------
 
 OTHER: dict[str, Any] = {
     "target": "tcp://127.0.0.1:1",
+    "backlog": 77,
     "max_connections": 5,
     "min_connections": 1,
+    "max_idle_connections": 1,
+    "resize_limit": 77,
     "idle_timeout": 77.0,
     "max_lifetime": 777.0,
     "socket_timeout": 7.0,
@@ -582,18 +620,34 @@ OWN: dict[str, Any] = {
     "alive_bypass": 0.07,
     "dial_retries": 7,
     "dial_backoff": (0.07, 0.7),
+    "prewarm_retries": 7,
+    "when_down": "wait",
+    "tcp_nodelay": False,
+    "tcp_keepalive": (7, 7, 7),
+    "send_buffer_size": 7777,
+    "receive_buffer_size": 7777,
+    "maintenance_interval": 7.0,
+    "health_check": print,
+    "health_check_interval": 7.0,
+    "health_check_timeout": 0.7,
+    "leak_timeout": 7.0,
+    "leak_action": "revoke",
+    "leak_stacks": True,
     "local_cache_size": 7,
     "udp_clear_timeout": 0.07,
     "udp_clear_max_packets": 7,
+    "on_created": print,
     "on_borrow": print,
     "on_return": print,
+    "on_close": print,
+    "on_leak": print,
     "stats": False,
 }
 
 
 def test_every_setting_is_shared_or_own() -> None:
     names = {setting.name for setting in fields(PoolConfig)}
-    assert names == {*OTHER, *OWN, "name", "dial"}
+    assert names == {*OTHER, *OWN, "name", "dial", "listening", "acceptor"}
 
 
 def test_each_shared_setting_that_differs_is_named_in_one_error(settings: dict[str, Any], name: str) -> None:
@@ -604,7 +658,7 @@ def test_each_shared_setting_that_differs_is_named_in_one_error(settings: dict[s
         with pytest.raises(InvalidConfig) as caught:
             attach(name, **OTHER)
         assert sorted(error.field for error in caught.value.errors) == sorted(OTHER)
-        for setting, value in OTHER.items():
+        for setting, value in {**OTHER, "listening": True}.items():
             with pytest.raises(InvalidConfig, match=setting) as caught:
                 Pool(**{**settings, setting: value})
             assert caught.value.field == setting

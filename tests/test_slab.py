@@ -56,7 +56,7 @@ def test_the_segment_bears_the_name_and_is_private_to_the_user(name: str) -> Non
         status = os.stat(slab.path_of(name))
         assert stat.S_IMODE(status.st_mode) == 0o600
         assert status.st_uid == os.getuid()
-        assert status.st_size == _core.layout(2, 4, 4)[0]
+        assert status.st_size == _core.layout(2 * 2, 4, 4)[0], "resize() may go up to twice max_connections"
         assert status.st_blocks * 512 >= status.st_size, "its memory is reserved"
     assert not os.path.lexists(slab.path_of(name))
 
@@ -86,7 +86,9 @@ def test_every_name_that_is_allowed_works(name: str) -> None:
 
 def test_no_resource_tracker_knows_of_it(name: str) -> None:
     """Before Python 3.13 the tracker would unlink a living pool when any process ends that has touched it."""
-    script = "import sys, shmpool; pool = shmpool.Pool({!r}, name={!r}); sys.stdin.read(1); pool._leave()"
+    script = (
+        "import sys, shmpool; pool = shmpool.Pool({!r}, name={!r}, min_connections=0); sys.stdin.read(1); pool._leave()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", script.format(URL, name)], stdin=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

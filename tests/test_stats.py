@@ -12,14 +12,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmpool import Pool
+from shmpool import DialError, Pool, PoolClosed, PoolConfig
+from shmpool.hooks import CloseReason
 from shmpool.stats import FAILURES, HELD, SOURCES, STATES, Latency, PoolStats
+from tests.processes import until
+from tests.servers import ExclusiveServer
 
 CORE = Path(__file__).parent.parent / "shmpool" / "core"
 SECOND = 1_000_000_000
@@ -107,9 +110,12 @@ def snapshot(
         "now": NOW,
         "state": "open",
         "max_connections": 4,
+        "resize_limit": 8,
         "max_workers": 8,
         "max_waiters": 8,
         "size": 4096,
+        "upstream": {"state": "up", "step": 0, "retry_ns": 0, "since_ns": 0, "failures": 0, "error": ""},
+        "prewarm": (0, 0, 1),
         "totals": {**dict.fromkeys(TOTAL_COUNTERS, 0), **(totals or {})},
         "slot_fields": tuple(SLOT_FIELDS),
         "slots": [tuple(row[name] for name in SLOT_FIELDS) for row in slots],
@@ -134,12 +140,14 @@ def test_each_counter_of_the_core_is_a_figure() -> None:
     figures = {each.name for each in fields(PoolStats)}
     plain = {name for name in (*WORKER_COUNTERS, *TOTAL_COUNTERS) if not name.startswith("closed_")}
     assert plain <= figures
-    assert {*SOURCES, *FAILURES} <= set(WORKER_COUNTERS)
+    assert {*SOURCES, *FAILURES} - set(WORKER_COUNTERS) == {"late_refusals"}
+    assert "late_refusals" in TOTAL_COUNTERS
 
 
 def test_each_figure_that_counts_is_a_counter_of_the_core() -> None:
     counters = {each.name for each in fields(PoolStats) if each.type == "int"}
-    of_the_pool = {"pid", "max_connections", "waiting"}
+    of_the_pool = {"pid", "max_connections", "resize_limit", "waiting", "upstream_failures"}
+    of_the_pool |= {"prewarm_target", "prewarm_created", "prewarm_failed"}
     assert counters - of_the_pool == {n for n in (*WORKER_COUNTERS, *TOTAL_COUNTERS) if not n.startswith("closed_")}
 
 
@@ -149,6 +157,11 @@ def test_states_are_those_of_the_core() -> None:
     assert block
     assert tuple(re.findall(r'X\(\w+, "(\w+)"\)', block.group(1))) == STATES
     assert set(STATES) - HELD == {"empty", "idle"}
+
+
+def test_reasons_are_those_of_the_hook() -> None:
+    reasons = {name.removeprefix("closed_") for name in TOTAL_COUNTERS if name.startswith("closed_")}
+    assert reasons == set(get_args(CloseReason)) == set(stats_of().closed)
 
 
 # Latency ------------------------------------------------------------------------------------------------------------
@@ -192,6 +205,17 @@ def test_counters_are_summed_over_living_and_departed_workers() -> None:
     assert [(each.gets, each.successes) for each in stats.workers] == [(6, 5), (7, 6)]
 
 
+def test_who_calls_too_late_is_no_worker_and_counts_nevertheless() -> None:
+    stats = stats_of(workers=(worker(0, counters={"hits": 1, "refused": 1}),), totals={"late_refusals": 3})
+    assert (stats.gets, stats.late_refusals, stats.workers[0].gets) == (5, 3, 2)
+
+
+def test_clients_are_leases_too() -> None:
+    """Of a pool that listens: new ones, and those that have spoken again."""
+    stats = stats_of(workers=(worker(0, counters={"dials": 1, "spoken": 4}),), totals={"created": 1})
+    assert (stats.successes, stats.reuse_average, stats.workers[0].successes) == (5, 5, 5)
+
+
 def test_gauges() -> None:
     stats = stats_of(
         workers=(worker(0), worker(1)),
@@ -207,6 +231,7 @@ def test_gauges() -> None:
     assert (stats.open, stats.in_use, stats.idle, stats.waiting) == (3, 2, 1, 2)
     assert stats.utilisation == 0.5
     assert stats.oldest_wait == 0.5
+    assert (stats.max_connections, stats.resize_limit) == (4, 8)
     assert [(each.held, each.cached, each.waiting) for each in stats.workers] == [(1, 0, 0), (1, 1, 2)]
     assert [(each.state, each.holder, each.cached_by) for each in stats.slots] == [
         ("leased", 100, None),
@@ -215,10 +240,72 @@ def test_gauges() -> None:
     ]
 
 
+@pytest.mark.parametrize(("cap", "free"), [(6, 3), (4, 1), (3, 0), (2, 0), (1, 0)])
+def test_empty_is_what_may_still_be_opened(cap: int, free: int) -> None:
+    """Not what the snapshot has: the slots that were ever used, and more than the cap when a pool was made smaller."""
+    used = (slot(0, state="leased", owner=0), slot(1), slot(2, state="retiring", owner=0))
+    for empty in ((), (slot(3, state="empty"),), tuple(slot(at, state="empty") for at in range(3, 9))):
+        stats = stats_of(max_connections=cap, workers=(worker(0),), slots=(*used, *empty))
+        assert (stats.connections["empty"], stats.open, len(stats.slots)) == (free, 3, 3)
+    assert stats.utilisation == 1 / cap
+
+
+def upstream(**changes: Any) -> PoolStats:
+    return stats_of(upstream={**snapshot()["upstream"], **changes})
+
+
+def test_the_state_of_the_server() -> None:
+    assert (upstream().upstream, upstream(state="unproved").upstream) == ("up", "unproved")
+    since = {"since_ns": NOW - 3 * SECOND, "error": "refused", "failures": 7}
+    for state, retry_in in (("down", 0.5), ("probing", 0.0)):
+        down = upstream(state=state, retry_ns=NOW + SECOND // 2, **since)
+        assert (down.upstream, down.upstream_error, down.upstream_failures) == (state, "refused", 7)
+        assert (down.upstream_down_for, down.upstream_retry_in) == (3.0, retry_in)
+    assert upstream(state="down", retry_ns=NOW - 1, **since).upstream_retry_in == 0
+
+
+@pytest.mark.parametrize("state", ["up", "unproved", "invalid"])
+def test_what_was_wrong_with_the_server_is_not_wrong_with_it_now(state: str) -> None:
+    back = upstream(state=state, since_ns=NOW - SECOND, retry_ns=NOW + SECOND, error="refused", failures=7)
+    assert (back.upstream_error, back.upstream_down_for, back.upstream_retry_in) == ("", 0, 0)
+    assert back.upstream_failures == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "target"),
+    [
+        ({}, 2),
+        ({"max_connections": 1}, 1),
+        ({"max_idle_connections": 0}, 0),
+        ({"min_connections": 7}, 7),
+        ({"min_connections": 0}, 0),
+        ({"listening": True}, 0),
+    ],
+)
+def test_prewarming(settings: dict[str, Any], target: int) -> None:
+    config = PoolConfig(target="tcp://192.0.2.7:6379", **settings)
+    stats = stats_of(config=config.to_json(), prewarm=(1, 2, 0))
+    assert stats.prewarm_target == config.effective_min_connections == target
+    assert (stats.prewarm_created, stats.prewarm_failed, stats.prewarm_done) == (1, 2, False)
+    assert stats_of().prewarm_done is True
+
+
+@pytest.mark.parametrize("config", ["", "{", "7", "null", '{"min_connections": "x"}', '{"min_connections": 1e9}'])
+def test_settings_that_cannot_be_read(config: str) -> None:
+    assert stats_of(config=config).prewarm_target == 0
+
+
 def test_a_new_pool_divides_nothing_by_zero() -> None:
     stats = stats_of()
     assert (stats.hit_rate, stats.reuse_average, stats.utilisation, stats.per_second(3) > 0) == (0, 0, 0, True)
+    assert (stats.dial_failure_rate, stats.health_success_rate) == (0, 1)
     assert stats.get_latency == Latency()
+
+
+def test_shares_of_dials_and_checks() -> None:
+    totals = {"dial_attempts": 8, "dial_failures": 2, "health_checks": 100, "health_failures": 1}
+    stats = stats_of(totals=totals)
+    assert (stats.dial_failure_rate, stats.health_success_rate) == (0.25, 0.99)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +351,8 @@ def test_a_connection_that_is_being_dialled_is_not_the_one_before() -> None:
 
 
 def test_flags() -> None:
-    seen = stats_of(slots=(slot(0, flags=1), slot(1, flags=2), slot(2))).slots
-    assert [each.flags for each in seen] == [("private",), ("unmailed",), ()]
+    seen = stats_of(slots=(slot(0, flags=1), slot(1, flags=2), slot(2), slot(3, flags=4), slot(4, flags=5))).slots
+    assert [each.flags for each in seen] == [("private",), ("unmailed",), (), ("ending",), ("private", "ending")]
 
 
 def test_a_damaged_slab_yields_figures_nevertheless() -> None:
@@ -290,6 +377,8 @@ def test_to_dict_is_json_and_complete() -> None:
     assert {each.name for each in fields(PoolStats) if not each.name.startswith("_")} <= set(plain)
     assert plain["successes"] == 1
     assert plain["utilisation"] == 0
+    assert (plain["dial_failure_rate"], plain["health_success_rate"]) == (0, 1)
+    assert (plain["upstream"], plain["prewarm_done"]) == ("up", True)
     assert plain["workers"][0]["counters"]["hits"] == 1
     assert plain["workers"][0]["hit_rate"] == 1.0
     assert plain["slots"][0]["flags"] == ["private"]
@@ -306,6 +395,7 @@ def test_diff_takes_off_counters_and_latencies_and_keeps_gauges() -> None:
         workers=(worker(0, counters={"hits": 10}, get_hist=[(64, 66, 10), (128, 130, 1)]),),
         totals={"created": 1, "closed_idle": 1},
         dial_hist=[(64, 66, 1)],
+        upstream={**snapshot()["upstream"], "failures": 5},
     )
     later = stats_of(
         workers=(
@@ -315,6 +405,7 @@ def test_diff_takes_off_counters_and_latencies_and_keeps_gauges() -> None:
         slots=(slot(0, state="leased", owner=0),),
         totals={"created": 4, "closed_idle": 1},
         dial_hist=[(64, 66, 1), (640, 660, 3)],
+        upstream={**snapshot()["upstream"], "state": "down", "error": "refused", "failures": 7},
     )
     change = later.diff(earlier)
     assert change.interval == 2.0
@@ -324,6 +415,7 @@ def test_diff_takes_off_counters_and_latencies_and_keeps_gauges() -> None:
     assert change.get_latency == Latency.from_histogram([(128, 130, 4)])
     assert change.dial_latency == Latency.from_histogram([(640, 660, 3)])
     assert (change.in_use, change.slots) == (later.in_use, later.slots)
+    assert (change.upstream, change.upstream_error, change.upstream_failures) == ("down", "refused", 2)
     assert change.max_connections == 4
 
 
@@ -350,7 +442,7 @@ def url() -> Iterator[str]:
 
 def test_a_pool_of_this_process(url: str) -> None:
     before = time.time()
-    with Pool(url, max_connections=3) as pool:
+    with Pool(url, max_connections=3, min_connections=0) as pool:
         for _ in range(50):
             with pool.get():
                 pass
@@ -374,7 +466,7 @@ def test_a_pool_of_this_process(url: str) -> None:
 
 
 def test_the_dead_stay_in_the_sums(url: str) -> None:
-    with Pool(url, max_connections=2) as pool:
+    with Pool(url, max_connections=2, min_connections=0) as pool:
         ready, tell = os.pipe()
         pid = os.fork()
         if not pid:
@@ -399,3 +491,59 @@ def test_the_dead_stay_in_the_sums(url: str) -> None:
         assert stats.successes == 21 + 2
         assert (stats.recoveries, stats.recovered_leases) == (1, 1)
         assert {each.pid: each.alive for each in stats.workers} == {os.getpid(): True, pid: False}
+
+
+def test_the_server_goes_and_comes_back(server: ExclusiveServer) -> None:
+    settings: dict[str, Any] = {"min_connections": 0, "alive_bypass": 0, "dial_backoff": (0.2, 0.2)}
+    with Pool(server.url, max_connections=1, **settings) as pool:
+        assert pool.stats().upstream == "unproved"
+        pool.get().release()
+        assert pool.stats().upstream == "up"
+        server.refuse()
+        server.close_connections()
+        with pytest.raises(DialError):
+            pool.get()
+        down = pool.stats()
+        assert (down.upstream, down.upstream_failures, down.dial_failure_rate) == ("down", 1, 0.5)
+        assert "refused" in down.upstream_error
+        assert down.upstream_down_for < 5
+        assert down.upstream_retry_in <= 0.2
+        server.listen()
+        until(lambda: pool.stats().upstream_retry_in == 0, "the next dial may begin")
+        pool.get().release()
+        back = pool.stats()
+        assert (back.upstream, back.upstream_error, back.upstream_failures) == ("up", "", 1)
+        assert back.diff(down).upstream_failures == 0
+
+
+def test_a_pool_is_warm_before_it_is_used(server: ExclusiveServer) -> None:
+    with Pool(server.url, max_connections=4, min_connections=3) as pool:
+        until(lambda: pool.stats().prewarm_done, "prewarming")
+        stats = pool.stats()
+        assert (stats.prewarm_target, stats.prewarm_created, stats.prewarm_failed) == (3, 3, 0)
+        assert (stats.idle, stats.created, stats.connections["empty"]) == (3, 3, 1)
+
+
+def test_the_cap_is_that_of_the_moment(url: str) -> None:
+    with Pool(url, max_connections=3, min_connections=0, resize_limit=5, maintenance_interval=math.inf) as pool:
+        leases = [pool.get() for _ in range(3)]
+        for cap, free in ((5, 2), (1, 0)):
+            pool.resize(cap)
+            stats = pool.stats()
+            assert (stats.max_connections, stats.resize_limit) == (cap, 5)
+            assert (stats.connections["empty"], stats.in_use, stats.utilisation) == (free, 3, 3 / cap)
+        assert sorted(slot.flags for slot in stats.slots) == [(), ("ending",), ("ending",)]
+        for lease in leases:
+            lease.release()
+        stats = pool.stats()
+        assert (stats.closed["resized"], stats.idle, stats.connections["empty"]) == (2, 1, 0)
+
+
+def test_calls_after_the_end_count(url: str) -> None:
+    with Pool(url, max_connections=1, min_connections=0) as pool:
+        pool.get().release()
+    for call in (pool.get, pool.try_get):
+        with pytest.raises(PoolClosed):
+            call()
+    stats = pool.stats()
+    assert (stats.gets, stats.successes, stats.refused + stats.late_refusals) == (3, 1, 2)

@@ -41,6 +41,7 @@ void shmpool_hook(const char *tag);
 #define SHM_STORE(tag, word, value) (SHM_STEP(tag), atomic_store_explicit(&(word), (value), memory_order_relaxed))
 #define SHM_STORE_RELEASE(tag, word, value) (SHM_STEP(tag), atomic_store_explicit(&(word), (value), memory_order_release))
 #define SHM_ADD(tag, word, value) (SHM_STEP(tag), atomic_fetch_add_explicit(&(word), (value), memory_order_relaxed))
+#define SHM_ADD_SEQ(tag, word, value) (SHM_STEP(tag), atomic_fetch_add_explicit(&(word), (value), memory_order_seq_cst))
 #define SHM_OR(tag, word, value) (SHM_STEP(tag), atomic_fetch_or_explicit(&(word), (value), memory_order_relaxed))
 #define SHM_AND(tag, word, value) (SHM_STEP(tag), atomic_fetch_and_explicit(&(word), (value), memory_order_relaxed))
 #define SHM_OR_SEQ(tag, word, value) (SHM_STEP(tag), atomic_fetch_or_explicit(&(word), (value), memory_order_seq_cst))

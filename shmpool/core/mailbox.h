@@ -5,8 +5,8 @@
  * process has not seen reads the letter with MSG_PEEK, which makes a duplicate of the descriptor and leaves the letter.
  * Draining the letter drops that reference. A socket connected to itself refuses letters of strangers (EPERM).
  *
- * Invariant: only the process that holds the slot exclusively (DIALING, LEASED, CHECKING, RETIRING) touches its mailbox, so it
- * holds at most one letter; an EMPTY slot's mailbox is empty. A letter that does not fit slab, slot and connection is refused
+ * Invariant: only the process that holds the slot exclusively (DIALING, LEASED, CHECKING, RETIRING) puts a letter into its mailbox or takes
+ * it out, so it holds at most one; an EMPTY slot's mailbox is empty. Anyone may peek: the head says whose the letter is. A letter that does not fit slab, slot and connection is refused
  * and every descriptor in it closed.
  *
  * Not here: what is done when a letter is missing (module.c retires the connection and dials anew).

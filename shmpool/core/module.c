@@ -7,7 +7,8 @@
  *
  * What the subclass provides: _dial(mask, timeout, slot, id) -> (socket, fd, bucket, private, mailed, lifetime, peer, metadata);
  * _wrap(fd, bucket) -> (socket, mark); _restore(socket) -> bool; _peer(bucket, address, socket); _error(kind, mask, waited, timeout,
- * cause) -> exception; _left() after the last resource went.
+ * cause) -> exception; _left() after the last resource went. In a pool that listens, in place of _dial: _take_client() and _accept_client(slot,
+ * id, fd, mailed, taken) -> as _dial, None when no client came of it; _client_refused(exception, slot, id).
  *
  * Threads: with the GIL all of this is serialised except where it is released (sleeping, dialling, ending connections). Without it
  * (free-threaded builds) what belongs to a slot is touched only by the thread that holds the slot, and a lease belongs to the
@@ -26,52 +27,18 @@
 #include "pool.h"
 #include "recovery.h"
 #include "segment.h"
+#include "service.h"
 
 enum { SPARE_LEASES = 8, RECEIVE_TIMEOUT_NS = 200000000 };
+#define ADOPTED_PATIENCE_NS UINT64_C(200000000) /* a dial of another process that takes longer may be one that is stopped */
 
-typedef struct LeaseObject LeaseObject;
-
-typedef struct {
-    PyObject_HEAD
-    struct pool pool;
-    bool made;            /* pool_create succeeded */
-    bool finished;        /* resources given back, or being given back by `finisher` */
-    pid_t finisher;
-    uint32_t generation;  /* of pool.generation when sessions were last looked at */
-    uint32_t mask;        /* buckets that get() takes when it is not told */
-    uint64_t default_timeout_ns;
-    PyObject *on_borrow, *on_return;
-} PoolObject;
-
-struct LeaseObject {
-    PyObject_HEAD
-    PoolObject *owner;   /* NULL once the lease is over: what is kept of it keeps no pool */
-    struct pool_claim claim;
-    struct entry *entry;
-    uint64_t begun_ns;   /* start of the lease, when it is timed */
-    uint32_t weight;     /* of this sample; 0: not timed */
-    uint32_t generation;
-    bool active;
-    bool returning;      /* on_return runs: a release() in it does not run it again */
-    uint64_t id;         /* of the connection, for the texts of errors */
-    LeaseObject *next;   /* among the spares */
-};
-
-static PyTypeObject *pool_type, *lease_type, *view_type;
+PyTypeObject *lease_type;
+static PyTypeObject *pool_type, *view_type;
 #ifndef Py_GIL_DISABLED
 static LeaseObject *spares; /* dead leases to be used again; the GIL guards them */
 static int spare_count;
 #endif
-static PyObject *lease_expired; /* shmpool.errors.LeaseExpired */
-
-#define NEVER UINT64_MAX
-
-/* Free-threaded builds: the slow paths of one Pool object exclude each other (the section is left while a thread blocks), as
- * the GIL makes them do elsewhere. The warm path needs nothing: it only takes slots that are idle in the slab. */
-#if PY_VERSION_HEX < 0x030d0000
-#define Py_BEGIN_CRITICAL_SECTION(object) {
-#define Py_END_CRITICAL_SECTION() }
-#endif
+static PyObject *lease_expired, *pool_closed, *pool_exhausted, *dial_error; /* of shmpool.errors */
 
 /* ---- small helpers ---- */
 
@@ -93,7 +60,7 @@ static bool seconds_ns(PyObject *value, const char *what, uint64_t *ns)
 }
 
 /* Raise what self._error(kind, ...) makes; `cause` may be NULL. */
-static PyObject *raise_error(PoolObject *self, const char *kind, uint32_t mask, uint64_t waited_ns, uint64_t timeout_ns)
+PyObject *raise_error(PoolObject *self, const char *kind, uint32_t mask, uint64_t waited_ns, uint64_t timeout_ns)
 {
     double timeout = timeout_ns == NEVER ? Py_HUGE_VAL : (double)timeout_ns / 1e9;
     PyObject *error = PyObject_CallMethod((PyObject *)self, "_error", "sIdd", kind, (unsigned)mask, (double)waited_ns / 1e9,
@@ -145,16 +112,9 @@ static bool parse_call(const char *function, const char *const *known, int most,
 
 /* What a socket's mark says (PooledSocket in shmpool/pool.py). A TLS socket of the user's own has no mark: always CHANGED. */
 enum { MARK_CHANGED = 1, MARK_RUINED = 2 };
-static const char always_dirty[1] = {MARK_CHANGED}, never_dirty[1] = {0};
+const char always_dirty[1] = {MARK_CHANGED}, never_dirty[1] = {0};
 
-/* What an entry has, taken out of it, so that the slot can be passed on before it is dropped. The socket object is made when the
- * holder first asks for it; until then the entry's bare descriptor is ours to close. */
-struct parts {
-    PyObject *socket, *session, *note;
-    int fd;
-};
-
-static struct parts entry_take(struct entry *entry)
+struct parts entry_take(struct entry *entry)
 {
     struct parts parts = {entry->socket, entry->session, entry->note, entry->socket ? -1 : entry->fd};
     entry->connection = 0;
@@ -165,9 +125,9 @@ static struct parts entry_take(struct entry *entry)
 }
 
 /* Drop the session first (it may still say good-bye), then close our copy. Errors of either go to the unraisable hook. */
-static void parts_drop_session(struct parts *parts) { Py_CLEAR(parts->session); }
+void parts_drop_session(struct parts *parts) { Py_CLEAR(parts->session); }
 
-static void parts_close(struct parts *parts)
+void parts_close(struct parts *parts)
 {
     if (parts->fd >= 0)
         close(parts->fd);
@@ -190,7 +150,7 @@ static void parts_close(struct parts *parts)
 
 /* This process has not seen the slot's connection: drop what it has of an older one and fetch this one from the mailbox.
  * 1: done; 0: there is no letter that fits; -1: exception, the connection may be good. */
-static int entry_fetch(PoolObject *self, uint32_t slot)
+int entry_fetch(PoolObject *self, uint32_t slot)
 {
     struct pool *pool = &self->pool;
     struct entry *entry = &pool->entries[slot];
@@ -248,23 +208,63 @@ static PyObject *entry_socket(PoolObject *self, uint32_t slot)
 
 /* ---- ends of connections ---- */
 
-static void finish(PoolObject *self);
+static const char *const total_names[] = {
+#define TOTAL_NAME(name, text) #name,
+    SHM_TOTAL_COUNTERS(TOTAL_NAME)};
+
+/* [(connection, slot, bucket, peer, reason, age, uses), ...], oldest first, of notes that are freed; NULL with an exception */
+static PyObject *ended_list(struct ended *notes)
+{
+    PyObject *list = PyList_New(0);
+    for (struct ended *next; notes; notes = next) {
+        next = notes->next;
+        PyObject *row = list ? Py_BuildValue("KIIy#sdK", (unsigned long long)notes->connection, notes->slot, kind_bucket(notes->kind),
+                                             (const char *)notes->peer, (Py_ssize_t)sizeof notes->peer,
+                                             total_names[notes->reason] + sizeof "closed_" - 1, (double)notes->age_ns / 1e9,
+                                             (unsigned long long)notes->uses)
+                             : NULL;
+        if (list && (!row || PyList_Append(list, row)))
+            Py_CLEAR(list);
+        Py_XDECREF(row);
+        free(notes);
+    }
+    if (list && PyList_Reverse(list))
+        Py_CLEAR(list);
+    return list;
+}
+
+/* Tell Python (the log, on_close) which connections this process has ended. Keeps a pending exception; raises none. */
+void tell_ended(PoolObject *self)
+{
+    struct ended *notes = pool_take_ended(&self->pool);
+    if (SHM_LIKELY(!notes))
+        return;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyObject *list = ended_list(notes);
+    PyObject *result = list ? PyObject_CallMethod((PyObject *)self, "_ended", "O", list) : NULL;
+    if (!result)
+        PyErr_WriteUnraisable((PyObject *)self);
+    Py_XDECREF(result);
+    Py_XDECREF(list);
+    PyErr_Restore(type, value, traceback);
+}
 
 /* Did a fork happen since `generation` (in a signal handler, in dial)? Then nothing we held is ours. */
-static bool forked_since(PoolObject *self, uint32_t generation)
+bool forked_since(PoolObject *self, uint32_t generation)
 {
     return !pool_joined(&self->pool) || self->pool.generation != generation;
 }
 
 /* Our descriptor of a connection, for ending it; -1 when there is none, or when it may have been closed behind our back. */
-static int entry_fd(struct pool *pool, uint32_t slot)
+int entry_fd(struct pool *pool, uint32_t slot)
 {
     struct entry *entry = &pool->entries[slot];
     bool current = entry->connection && entry->connection == SHM_LOAD(row, pool->slab.slots[slot].connection);
     return current && !(*entry->dirty & MARK_RUINED) ? entry->fd : -1;
 }
 
-static void entry_drop_session(struct entry *entry)
+void entry_drop_session(struct entry *entry)
 {
     PyObject *session = entry->session;
     entry->session = NULL;
@@ -272,7 +272,7 @@ static void entry_drop_session(struct entry *entry)
 }
 
 /* Close what we have of the ended connection, then free its permit. */
-static void empty_slot(struct pool *pool, struct pool_claim *claim, unsigned reason)
+void empty_slot(struct pool *pool, struct pool_claim *claim, unsigned reason)
 {
     struct parts parts = entry_take(&pool->entries[claim->slot]);
     parts_close(&parts);
@@ -281,7 +281,7 @@ static void empty_slot(struct pool *pool, struct pool_claim *claim, unsigned rea
 
 /* The claim is RETIRING by us: end it, waiting for the peer at most *linger_ns, from which the wait is taken off. The entry stays
  * as it is meanwhile: a child forked in between finds it there and closes its copy. Releases the GIL; keeps a pending exception. */
-static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reason, uint64_t *linger_ns)
+void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reason, uint64_t *linger_ns)
 {
     struct pool *pool = &self->pool;
     PyObject *type, *value, *traceback;
@@ -298,6 +298,7 @@ static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigne
         uint64_t waited = clock_now() - begun;
         *linger_ns = waited < *linger_ns ? *linger_ns - waited : 0;
         empty_slot(pool, claim, reason);
+        tell_ended(self);
     }
     if (!pool_is_open(pool))
         finish(self);
@@ -306,7 +307,7 @@ static void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigne
 }
 
 /* LEASED by us -> ended. False: it was not ours any more. */
-static bool retire_leased(PoolObject *self, struct pool_claim *claim, unsigned reason)
+bool retire_leased(PoolObject *self, struct pool_claim *claim, unsigned reason)
 {
     uint64_t linger_ns = CONNECTION_LINGER_NS;
     if (!pool_condemn(&self->pool, claim))
@@ -328,12 +329,13 @@ static void drop_entries(PoolObject *self)
 /* After a fork: what was copied but is not for us. Sessions are the parent's: they are left alone for ever, because ending one
  * here could end its connection there. A socket object whose mode the parent's holder had changed would lie about the
  * description's mode; it is dropped, the next lease fetches the connection anew. */
-static void forget_foreign(PoolObject *self)
+void forget_foreign(PoolObject *self)
 {
     struct pool *pool = &self->pool;
     if (pool_joined(pool) && self->generation == pool->generation)
         return;
     self->generation = pool->generation;
+    SHM_STORE(private, self->dial_threads, 0);
     for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
         struct entry *entry = &pool->entries[slot];
         entry->session = NULL;
@@ -345,7 +347,7 @@ static void forget_foreign(PoolObject *self)
 }
 
 /* The parent was giving its part back when it forked this child: give our copies back. */
-static void finish_for_parent(PoolObject *self)
+void finish_for_parent(PoolObject *self)
 {
     if (!self->made || !self->finished || self->pool.slab_fd < 0 || self->finisher == getpid())
         return;
@@ -357,9 +359,14 @@ static void finish_for_parent(PoolObject *self)
 
 /* The pool is closed: once this process holds nothing, give everything back but the mapping, after a last look for the dead, whose
  * connections would else stay open for as long as somebody has their letters. */
-static void finish(PoolObject *self)
+void finish(PoolObject *self)
 {
     struct pool *pool = &self->pool;
+    if (self->made && !self->finished && pool->door && pool_joined(pool)) {
+        Py_BEGIN_ALLOW_THREADS
+        rendezvous_close(pool->door); /* also when something is held here yet: there are no newcomers to answer any more */
+        Py_END_ALLOW_THREADS
+    }
     if (!self->made || self->finished || (pool_joined(pool) && pool_holds_any(pool))) {
         finish_for_parent(self);
         return;
@@ -373,12 +380,13 @@ static void finish(PoolObject *self)
     pool_leave(pool);
     Py_END_ALLOW_THREADS
     drop_entries(self);
+    tell_ended(self);
     pool_release_descriptors(pool);
 }
 
 /* ---- leases ---- */
 
-static LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, uint32_t weight, uint64_t begun_ns)
+LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, uint32_t weight, uint64_t begun_ns)
 {
     LeaseObject *lease;
 #ifndef Py_GIL_DISABLED
@@ -400,12 +408,12 @@ static LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, 
     lease->generation = self->pool.generation;
     lease->id = lease->entry->connection;
     lease->active = true;
-    lease->returning = false;
+    lease->returning = lease->shown = false;
     return lease;
 }
 
 /* The lease is over. This may end the pool object: nothing of it is touched afterwards. */
-static void lease_end(LeaseObject *lease)
+void lease_end(LeaseObject *lease)
 {
     PoolObject *owner = lease->owner;
     lease->active = false;
@@ -428,6 +436,8 @@ static PyObject *lease_refuse(LeaseObject *lease)
 {
     if (!lease->active)
         return expired(lease->id, "the lease is over (released, discarded or retired)");
+    if (lease->shown && lease_is_ours(lease))
+        return expired(lease->id, "it is shown to on_created or a health check, which says by its return what becomes of it");
     return expired(lease->id, lease_is_ours(lease) ? "it was taken away"
                                                    : "it belongs to another process (a fork), or this one has left the pool");
 }
@@ -448,8 +458,10 @@ static bool run_hook(PyObject *hook, LeaseObject *lease)
     return result != NULL;
 }
 
+static inline void count_source(struct pool *pool, enum pool_source source);
+
 /* The lease begins: figures, hook. NULL: the hook refused; the connection is retired. */
-static PyObject *lease_begin(PoolObject *self, LeaseObject *lease, uint64_t now)
+static PyObject *lease_begin(PoolObject *self, LeaseObject *lease, uint64_t now, enum pool_source source)
 {
     struct slot_shm *row = lease_row(lease);
     SHM_STORE(row, row->leased_ns, now);
@@ -462,6 +474,7 @@ static PyObject *lease_begin(PoolObject *self, LeaseObject *lease, uint64_t now)
         Py_DECREF(lease);
         return NULL;
     }
+    count_source(&self->pool, source);
     return (PyObject *)lease;
 }
 
@@ -520,11 +533,24 @@ static bool lease_prepare_return(LeaseObject *lease)
     return lease_usable(lease);
 }
 
+/* LEASED -> IDLE; in a pool that listens the connection is watched from then on, by our descriptor, which no other thread closes meanwhile. */
+static enum pool_released release_claim(PoolObject *self, struct pool_claim *claim, uint64_t now_coarse)
+{
+    struct pool *pool = &self->pool;
+    enum pool_released released;
+    if (SHM_LIKELY(!pool->service))
+        return pool_release(pool, claim, now_coarse);
+    Py_BEGIN_CRITICAL_SECTION(self);
+    released = service_release(pool, claim, now_coarse, pool->entries[claim->slot].fd);
+    Py_END_CRITICAL_SECTION();
+    return released;
+}
+
 static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
 {
     (void)unused;
     PoolObject *self = lease->owner;
-    if (SHM_UNLIKELY(!lease_is_ours(lease)))
+    if (SHM_UNLIKELY(!lease_is_ours(lease) || lease->shown))
         return lease_refuse(lease);
     if (SHM_UNLIKELY(*lease->entry->dirty || self->on_return) && !lease_prepare_return(lease)) {
         if (PyErr_Occurred())
@@ -533,9 +559,9 @@ static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
     }
     lease_time_use(lease);
     lease->active = false;
-    enum pool_released released = pool_release(&self->pool, &lease->claim, clock_coarse());
+    enum pool_released released = release_claim(self, &lease->claim, clock_coarse());
     if (SHM_UNLIKELY(released == RELEASE_RETIRE))
-        retire_leased(self, &lease->claim, pool_is_open(&self->pool) ? SHM_T_closed_letter : SHM_T_closed_shutdown);
+        retire_leased(self, &lease->claim, pool_retire_reason(&self->pool, lease->claim.slot));
     lease_end(lease);
     if (SHM_UNLIKELY(released == RELEASE_STALE))
         return expired(lease->id, "it was taken away");
@@ -550,7 +576,7 @@ static PyObject *lease_discard(LeaseObject *lease, PyObject *const *args, Py_ssi
         return NULL;
     if (reason != Py_None && !PyUnicode_Check(reason))
         return PyErr_Format(PyExc_TypeError, "discard() wants a text for its reason, not %R", reason);
-    if (!lease_is_ours(lease))
+    if (!lease_is_ours(lease) || lease->shown)
         return lease_refuse(lease);
     if (!lease_discard_as(lease, SHM_T_closed_error))
         return expired(lease->id, "it was taken away");
@@ -572,7 +598,7 @@ static PyObject *lease_exit(LeaseObject *lease, PyObject *const *args, Py_ssize_
     if (SHM_LIKELY(count == 0 || args[0] == Py_None))
         return lease_release(lease, NULL);
     /* An exception: the protocol's state is unknown. If the lease is not ours any more, the exception says enough. */
-    if (lease_is_ours(lease))
+    if (lease_is_ours(lease) && !lease->shown)
         lease_discard_as(lease, SHM_T_closed_error);
     Py_RETURN_NONE;
 }
@@ -580,7 +606,7 @@ static PyObject *lease_exit(LeaseObject *lease, PyObject *const *args, Py_ssize_
 /* Dropped without release: take it back, retire it, say so. */
 static void lease_finalize(LeaseObject *lease)
 {
-    if (!lease->active || !lease_is_ours(lease))
+    if (!lease->active || !lease_is_ours(lease) || lease->shown)
         return;
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
@@ -642,7 +668,7 @@ static int lease_set_session(LeaseObject *lease, PyObject *value, void *unused)
     return 0;
 }
 
-enum lease_field { FIELD_ID, FIELD_BUCKET, FIELD_PEER, FIELD_CREATED, FIELD_AGE, FIELD_USES, FIELD_NOTE };
+enum lease_field { FIELD_ID, FIELD_SLOT, FIELD_BUCKET, FIELD_PEER, FIELD_CREATED, FIELD_AGE, FIELD_USES, FIELD_NOTE };
 
 static PyObject *lease_peer(LeaseObject *lease, unsigned bucket)
 {
@@ -666,6 +692,8 @@ static PyObject *lease_get_field(LeaseObject *lease, void *which)
     switch ((enum lease_field)(intptr_t)which) {
     case FIELD_ID:
         return PyLong_FromUnsignedLongLong(SHM_LOAD(row, row->connection));
+    case FIELD_SLOT:
+        return PyLong_FromUnsignedLong(lease->claim.slot);
     case FIELD_BUCKET:
         return PyLong_FromUnsignedLong(bucket);
     case FIELD_PEER:
@@ -724,6 +752,7 @@ static PyGetSetDef lease_getset[] = {
     {"session", (getter)lease_get_session, (setter)lease_set_session,
      PyDoc_STR("any object of this process for this connection; None until set; dropped with the connection"), NULL},
     FIELD("id", FIELD_ID, "number of the connection, unique in the pool"),
+    FIELD("_slot", FIELD_SLOT, "index of its slot"),
     FIELD("peer", FIELD_PEER, "(host, port), or the path of a unix socket"),
     FIELD("created_at", FIELD_CREATED, "when it was opened, time.time()"),
     FIELD("age", FIELD_AGE, "seconds since it was opened"),
@@ -751,10 +780,11 @@ static PyType_Spec lease_spec = {"shmpool.PooledConnection", sizeof(LeaseObject)
 /* ---- get ---- */
 
 /* Register this process if a fork (or the first call) makes it necessary; false with an exception. */
-static bool ensure_joined(PoolObject *self)
+bool ensure_joined(PoolObject *self)
 {
     struct pool *pool = &self->pool;
-    if (!pool_joined(pool)) {
+    bool is_new = !pool_joined(pool);
+    if (is_new) {
         enum pool_verdict verdict;
         Py_BEGIN_ALLOW_THREADS
         verdict = pool_join(pool);
@@ -771,7 +801,11 @@ static bool ensure_joined(PoolObject *self)
     forget_foreign(self);
     /* Again, after a fork. That no thread can be made here is no fault of the caller's: other members answer, and the next use tries. */
     (void)pool_answer(pool);
-    return true;
+    if (!is_new)
+        return true;
+    PyObject *result = PyObject_CallMethod((PyObject *)self, "_joined", NULL);
+    Py_XDECREF(result);
+    return result != NULL;
 }
 
 static inline void count_hot(struct pool *pool, unsigned counter)
@@ -784,23 +818,23 @@ static inline void count_hot(struct pool *pool, unsigned counter)
 #endif
 }
 
-static void count_source(struct pool *pool, enum pool_source source)
+static inline void count_source(struct pool *pool, enum pool_source source)
 {
     static const unsigned counters[] = {[SOURCE_CACHE] = SHM_W_hits,
                                         [SOURCE_FREELIST] = SHM_W_freelist,
                                         [SOURCE_STEAL] = SHM_W_steals,
                                         [SOURCE_OFFER] = SHM_W_handovers,
-                                        [SOURCE_DIAL] = SHM_W_dials};
+                                        [SOURCE_DIAL] = SHM_W_dials,
+                                        [SOURCE_SPOKE] = SHM_W_spoken};
     count_hot(pool, counters[source]);
 }
 
-static unsigned condition_reason(enum pool_condition condition)
+static unsigned condition_reason(struct pool *pool, uint32_t slot, enum pool_condition condition)
 {
     static const unsigned reasons[] = {[CONDITION_BROKEN] = SHM_T_closed_broken,
                                        [CONDITION_DIRTY] = SHM_T_closed_dirty,
-                                       [CONDITION_IDLE] = SHM_T_closed_idle,
-                                       [CONDITION_LIFETIME] = SHM_T_closed_lifetime};
-    return reasons[condition];
+                                       [CONDITION_IDLE] = SHM_T_closed_idle};
+    return condition == CONDITION_LIFETIME ? pool_over_reason(pool, slot) : reasons[condition];
 }
 
 /* One call of get(), past the warm path. */
@@ -813,6 +847,13 @@ struct request {
     bool resorted;        /* last_resort() was tried */
     bool woken;           /* the last sleep in the queue ended by a wake-up */
     struct waiter_place place;
+    struct pool_claim under_way; /* place.dialling: the dial that goes on for this call in another thread, perhaps of another process */
+    uint64_t adopted_ns;  /* when we began to wait for another's dial */
+    PyObject *outcome;    /* a list: where a dial thread of this call says that it is done: its error, or None; NULL: there is none */
+    bool dialled_apart;   /* it was, with success */
+    PyObject *failure;    /* the last DialError of this call, or NULL */
+    uint32_t attempts;    /* dials of this call */
+    uint64_t patience;    /* failures of the upstream, of whosever dials, from which on this call may give up */
 };
 
 static struct request request_new(uint32_t mask, uint64_t timeout_ns, bool may_wait)
@@ -837,49 +878,64 @@ static void retire_unfit(PoolObject *self, struct pool_claim *claim, unsigned re
 /* This process could not take the connection's descriptor (exception set): it goes back untouched. */
 static void give_back(PoolObject *self, struct pool_claim *claim)
 {
-    if (pool_release(&self->pool, claim, SHM_LOAD(row, self->pool.slab.slots[claim->slot].last_used_ns)) == RELEASE_RETIRE)
-        retire_leased(self, claim, SHM_T_closed_shutdown);
+    if (release_claim(self, claim, SHM_LOAD(row, self->pool.slab.slots[claim->slot].last_used_ns)) == RELEASE_RETIRE)
+        retire_leased(self, claim, pool_retire_reason(&self->pool, claim->slot));
 }
 
 /* Was our socket object closed or changed while nobody leased the connection here (a client object that died, a socket kept
  * beyond its lease)? The connection itself is good; it is fetched anew. */
 static bool entry_is_spoilt(const struct entry *entry) { return *entry->dirty && entry->dirty != always_dirty; }
 
-/* A lease on an existing connection, LEASED by the claim. NULL without exception: it was unfit and is retired; search on.
- * `known`: its condition, when it was looked at already. */
-static PyObject *lease_existing(PoolObject *self, struct pool_claim *claim, struct request *request,
-                                const enum pool_condition *known)
+static void leave_queue(PoolObject *self, struct request *request);
+
+/* See that this process has the existing connection, LEASED by the claim. False: it was unfit and is retired, or there is an exception. */
+static bool fetch_for_lease(PoolObject *self, struct pool_claim *claim, struct request *request)
+{
+    struct entry *entry = &self->pool.entries[claim->slot];
+    struct slot_shm *row = &self->pool.slab.slots[claim->slot];
+    if (entry->connection == SHM_LOAD(row, row->connection) && !entry_is_spoilt(entry))
+        return true;
+    uint32_t generation = self->pool.generation;
+    int fetched = entry_fetch(self, claim->slot);
+    if (forked_since(self, generation))
+        return false;
+    if (fetched < 0)
+        give_back(self, claim);
+    else if (!fetched)
+        retire_unfit(self, claim, SHM_T_closed_letter, request);
+    return fetched > 0;
+}
+
+/* A lease on a connection that is fit for use, LEASED by the claim. */
+static PyObject *lease_fit(PoolObject *self, struct pool_claim *claim, struct request *request, uint64_t now)
 {
     struct pool *pool = &self->pool;
-    struct entry *entry = &pool->entries[claim->slot];
     struct slot_shm *row = &pool->slab.slots[claim->slot];
-    if (entry->connection != SHM_LOAD(row, row->connection) || entry_is_spoilt(entry)) {
-        uint32_t generation = pool->generation;
-        int fetched = entry_fetch(self, claim->slot);
-        if (forked_since(self, generation))
-            return NULL;
-        if (fetched < 0)
-            give_back(self, claim);
-        else if (!fetched)
-            retire_unfit(self, claim, SHM_T_closed_letter, request);
-        if (fetched <= 0)
-            return NULL;
-    }
-    uint64_t now = clock_coarse();
-    enum pool_condition condition = known ? *known : pool_validate(pool, claim->slot, entry->fd, now);
-    if (condition != CONDITION_GOOD) {
-        retire_unfit(self, claim, condition_reason(condition), request);
-        return NULL;
-    }
     uint64_t got = clock_now();
     LeaseObject *lease = lease_new(self, claim, 1, got);
     if (!lease) {
         retire_leased(self, claim, SHM_T_closed_error);
         return NULL;
     }
-    count_source(pool, claim->source);
     hist_add(&pool->row->get, got - request->begun_ns, 1);
-    return lease_begin(self, lease, now);
+    leave_queue(self, request);
+    bool is_ours = (request->outcome || request->dialled_apart) && !SHM_LOAD(row, row->uses); /* what our thread dialled, or another's came first */
+    return lease_begin(self, lease, now, is_ours ? SOURCE_DIAL : claim->source);
+}
+
+/* A lease on an existing connection, LEASED by the claim. NULL without exception: it was unfit and is retired; search on.
+ * `known`: its condition, when it was looked at already. */
+static PyObject *lease_existing(PoolObject *self, struct pool_claim *claim, struct request *request,
+                                const enum pool_condition *known)
+{
+    if (!fetch_for_lease(self, claim, request))
+        return NULL;
+    uint64_t now = clock_coarse();
+    enum pool_condition condition = known ? *known : pool_validate(&self->pool, claim->slot, self->pool.entries[claim->slot].fd, now);
+    if (condition == CONDITION_GOOD)
+        return lease_fit(self, claim, request, now);
+    retire_unfit(self, claim, condition_reason(&self->pool, claim->slot, condition), request);
+    return NULL;
 }
 
 /* Fill entry and row from what _dial returned; false with an exception. */
@@ -919,8 +975,63 @@ static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyO
     return installed;
 }
 
-/* Open a connection on the DIALING claim; then it is LEASED. False with an exception, or without one (a fork): search on. */
-static bool dial(PoolObject *self, struct pool_claim *claim, struct request *request)
+/* Show the new connection, LEASED by the claim, to on_created. False with an exception: it was refused, and is retired. */
+static bool created_is_welcome(PoolObject *self, struct pool_claim *claim)
+{
+    LeaseObject *shown = lease_new(self, claim, 0, 0);
+    PyObject *answer = NULL;
+    uint32_t generation = self->pool.generation;
+    if (shown) {
+        shown->shown = true;
+        answer = PyObject_CallOneArg(self->on_created, (PyObject *)shown);
+        if (answer == Py_False)
+            PyErr_SetString(PyExc_ConnectionError, "on_created refused the connection");
+        shown->active = false;
+        lease_end(shown);
+        Py_DECREF(shown);
+    }
+    Py_XDECREF(answer);
+    if (!PyErr_Occurred())
+        return true;
+    if (!forked_since(self, generation)) /* else it is the parent's */
+        retire_leased(self, claim, SHM_T_closed_refused);
+    return false;
+}
+
+/* What on_created raised becomes the cause of a DialError. */
+static void refused_by_hook(PoolObject *self, uint32_t attempt, uint64_t seen)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback)
+        PyException_SetTraceback(value, traceback);
+    PyObject *error = PyObject_CallMethod((PyObject *)self, "_refused", "OIK", value, (unsigned)attempt, (unsigned long long)seen);
+    if (error)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_XDECREF(error);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+}
+
+/* The dial has failed, with an exception that stays set: the permit is free again, and the upstream hears of it. */
+static void abandon(PoolObject *self, struct pool_claim *claim)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (!type || !PyErr_GivenExceptionMatches(type, dial_error)) /* else _dial has said so */
+        upstream_untried(&self->pool.slab, claim->upstream, clock_now());
+    Py_BEGIN_ALLOW_THREADS
+    pool_abandon(&self->pool, claim);
+    waiter_wake_all(&self->pool.slab); /* who waits for this dial, or wants to hear that the server is down */
+    Py_END_ALLOW_THREADS
+    PyErr_Restore(type, value, traceback);
+}
+
+/* Open a connection on the DIALING claim, which has been announced; then it is LEASED. False with an exception, or without one (a fork):
+ * search on. */
+static bool dial(PoolObject *self, struct pool_claim *claim, const struct request *request)
 {
     struct pool *pool = &self->pool;
     uint32_t generation = pool->generation;
@@ -930,8 +1041,9 @@ static bool dial(PoolObject *self, struct pool_claim *claim, struct request *req
                   : request->deadline_ns > begun ? (double)(request->deadline_ns - begun) / 1e9
                                                  : 0.0;
     double timeout = request->timeout_ns == NEVER ? Py_HUGE_VAL : (double)request->timeout_ns / 1e9;
-    PyObject *dialled = PyObject_CallMethod((PyObject *)self, "_dial", "IdIKd", (unsigned)request->mask, left,
-                                            (unsigned)claim->slot, (unsigned long long)id, timeout);
+    PyObject *dialled = PyObject_CallMethod((PyObject *)self, "_dial", "IdIKdIK", (unsigned)request->mask, left,
+                                            (unsigned)claim->slot, (unsigned long long)id, timeout, (unsigned)request->attempts,
+                                            (unsigned long long)claim->upstream);
     if (SHM_UNLIKELY(forked_since(self, generation))) {
         Py_XDECREF(dialled); /* our copy goes; the parent goes on with its own */
         return false;
@@ -939,46 +1051,196 @@ static bool dial(PoolObject *self, struct pool_claim *claim, struct request *req
     hist_add(&pool->slab.totals->dial, clock_now() - begun, 1);
     bool installed = dialled && install(self, claim, id, dialled);
     Py_XDECREF(dialled);
-    if (installed && pool_is_open(pool))
-        return true;
-    if (installed) {
+    if (!installed) {
+        abandon(self, claim);
+        return false;
+    }
+    if (!pool_is_open(pool)) {
         retire_leased(self, claim, SHM_T_closed_shutdown);
-        pool_count(pool, SHM_W_refused, 1);
         raise_error(self, "closed", request->mask, 0, 0);
         return false;
     }
+    if (self->on_created && !created_is_welcome(self, claim)) {
+        if (!forked_since(self, generation))
+            refused_by_hook(self, request->attempts, claim->upstream);
+        waiter_wake_all(&pool->slab);
+        return false;
+    }
+    if (forked_since(self, generation))
+        return false;
+    if (upstream_proved(&pool->slab)) {
+        PyObject *result = PyObject_CallMethod((PyObject *)self, "_upstream_is_up", NULL);
+        if (!result)
+            PyErr_WriteUnraisable((PyObject *)self);
+        Py_XDECREF(result);
+    }
+    return true;
+}
+
+/* ---- dials in threads of their own ---- */
+
+/* What such a thread has with it. */
+struct errand {
+    PoolObject *self;
+    struct pool_claim claim;
+    uint32_t mask, attempt, generation;
+    PyObject *outcome;
+};
+
+/* Say that the dial is done: its error, or None. */
+static void errand_done(struct errand *errand)
+{
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    Py_BEGIN_ALLOW_THREADS
-    pool_abandon(pool, claim);
-    Py_END_ALLOW_THREADS
-    pool_count(pool, PyErr_GivenExceptionMatches(type, PyExc_ConnectionError) ? SHM_W_dial_errors
-                     : PyErr_GivenExceptionMatches(type, PyExc_TimeoutError) ? SHM_W_timeouts
-                                                                             : SHM_W_interrupted, 1);
-    PyErr_Restore(type, value, traceback);
-    return false;
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback)
+        PyException_SetTraceback(value, traceback);
+    if (PyList_Append(errand->outcome, value ? value : Py_None))
+        PyErr_WriteUnraisable((PyObject *)errand->self);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+}
+
+static void errand_run(void *argument)
+{
+    struct errand *errand = argument;
+    PyGILState_STATE state = PyGILState_Ensure();
+    PoolObject *self = errand->self;
+    struct request request = {.mask = errand->mask, .timeout_ns = NEVER, .deadline_ns = NEVER, .attempts = errand->attempt};
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (!forked_since(self, errand->generation) && dial(self, &errand->claim, &request) &&
+        pool_release(&self->pool, &errand->claim, clock_coarse()) == RELEASE_RETIRE)
+        retire_leased(self, &errand->claim, pool_retire_reason(&self->pool, errand->claim.slot));
+    bool failed = PyErr_Occurred() != NULL;
+    errand_done(errand);
+    if (failed)
+        waiter_wake_all(&self->pool.slab); /* again: now the error is there */
+    else
+        waiter_wake_first(&self->pool.slab, WAITER_ANY_BUCKET); /* who waited for this very dial may have to look for another */
+    Py_END_CRITICAL_SECTION();
+    SHM_ADD(private, self->dial_threads, -1u);
+    Py_DECREF(errand->outcome);
+    Py_DECREF((PyObject *)self);
+    PyMem_Free(errand);
+    PyGILState_Release(state);
+}
+
+/* Let a thread of its own dial on the claim, while this call waits. False: there is no thread to be had. */
+static bool dial_apart(PoolObject *self, struct pool_claim *claim, struct request *request)
+{
+    struct errand *errand = PyMem_Malloc(sizeof *errand);
+    PyObject *outcome = errand ? PyList_New(0) : NULL;
+    if (!outcome) {
+        PyMem_Free(errand);
+        PyErr_Clear();
+        return false;
+    }
+    *errand = (struct errand){self, *claim, request->mask, request->attempts, self->pool.generation, Py_NewRef(outcome)};
+    Py_INCREF((PyObject *)self);
+    SHM_ADD(private, self->dial_threads, 1);
+    if (PyThread_start_new_thread(errand_run, errand) == PYTHREAD_INVALID_THREAD_ID) {
+        SHM_ADD(private, self->dial_threads, -1u);
+        Py_DECREF((PyObject *)self);
+        Py_DECREF(outcome);
+        Py_DECREF(outcome);
+        PyMem_Free(errand);
+        return false;
+    }
+    Py_XSETREF(request->outcome, outcome);
+    request->place.dialling = true;
+    request->under_way = *claim;
+    return true;
+}
+
+/* Is it time for this call to give up hope of the server? It has tried as often as it may; or others have, and the next probe is not worth
+ * waiting for. */
+static bool patience_is_over(PoolObject *self, const struct request *request)
+{
+    struct slab *slab = &self->pool.slab;
+    if (self->wait_when_down)
+        return false;
+    return request->attempts > self->dial_retries || (SHM_LOAD(hint, slab->header->upstream_failures) >= request->patience &&
+                                                      upstream_left(slab, clock_now()) > UPSTREAM_NEAR_NS);
+}
+
+/* Does this call wait for others (their connections, their dials)? */
+static bool request_waits(const struct request *request) { return request->may_wait && request->timeout_ns; }
+
+/* A dial of this call has failed, with an exception. If it may go on, the exception is kept for later; else it stays. */
+static void dial_failed(PoolObject *self, struct request *request)
+{
+    bool late = request->timeout_ns && clock_now() >= request->deadline_ns;
+    if (late || !PyErr_ExceptionMatches(dial_error) || patience_is_over(self, request))
+        return;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    Py_XSETREF(request->failure, value);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+}
+
+/* The error of our dial thread is raised, or kept when this call goes on. */
+static void take_outcome(PoolObject *self, struct request *request)
+{
+    PyObject *error = Py_NewRef(PyList_GET_ITEM(request->outcome, 0));
+    Py_CLEAR(request->outcome);
+    if (error == Py_None)
+        request->dialled_apart = true;
+    else if (!PyErr_GivenExceptionMatches(error, dial_error) || patience_is_over(self, request))
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    else
+        Py_XSETREF(request->failure, Py_NewRef(error));
+    Py_DECREF(error);
+}
+
+/* The dial that went on for this call, has it ended? Our own has when its thread says so; another's when its slot does, or when it takes so
+ * long that its process may be stopped. */
+static void look_after_dial(PoolObject *self, struct request *request)
+{
+    if (!request->place.dialling)
+        return;
+    bool goes_on = request->outcome ? !PyList_GET_SIZE(request->outcome)
+                                    : clock_now() < request->adopted_ns + ADOPTED_PATIENCE_NS &&
+                                          pool_dial_goes_on(&self->pool, &request->under_way);
+    if (goes_on)
+        return;
+    request->place.dialling = false;
+    if (request->outcome)
+        take_outcome(self, request);
 }
 
 static PyObject *lease_dialled(PoolObject *self, struct pool_claim *claim, struct request *request)
 {
     struct pool *pool = &self->pool;
-    if (!dial(self, claim, request))
+    if (!dial(self, claim, request)) {
+        if (PyErr_Occurred() && !forked_since(self, request->generation))
+            dial_failed(self, request);
         return NULL;
+    }
     uint64_t done = clock_now();
     LeaseObject *lease = lease_new(self, claim, 1, done);
     if (!lease) {
         retire_leased(self, claim, SHM_T_closed_error);
         return NULL;
     }
-    count_source(pool, SOURCE_DIAL);
     hist_add(&pool->row->get, done - request->begun_ns, 1);
-    return lease_begin(self, lease, clock_coarse());
+    leave_queue(self, request);
+    return lease_begin(self, lease, clock_coarse(), SOURCE_DIAL);
 }
 
-/* Leave the queue, giving back what was promised meanwhile (unless it is what we took). */
+/* Leave the queue, if we stand in it, giving back what was promised meanwhile (unless it is what we took): before hooks run. A dial that goes on is free for others. */
 static void leave_queue(PoolObject *self, struct request *request)
 {
     struct pool *pool = &self->pool;
+    if (!self->made || forked_since(self, request->generation))
+        return;
+    if (request->place.dialling)
+        pool_orphan_dial(pool, &request->under_way);
+    request->place.dialling = false;
+    if (!request->place.queued)
+        return;
     uint64_t waited = clock_now() - request->place.since_ns;
     pool_return_promise(pool, waiter_leave(&pool->slab, &request->place));
     pool_count(pool, SHM_W_wait_ns, waited);
@@ -998,12 +1260,18 @@ static bool last_resort(PoolObject *self, struct request *request)
 }
 
 /* Nothing is free, and there is no time to wait, or no place. True: look once more; false with an exception. */
-static bool give_up(PoolObject *self, struct request *request, unsigned counter, const char *kind)
+static bool give_up(PoolObject *self, struct request *request, const char *kind)
 {
     if (last_resort(self, request))
         return true;
-    pool_count(&self->pool, counter, 1);
     raise_error(self, kind, request->mask, clock_now() - request->begun_ns, request->timeout_ns);
+    if (request->failure && PyErr_ExceptionMatches(PyExc_TimeoutError)) {
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        PyErr_NormalizeException(&type, &value, &traceback);
+        PyException_SetCause(value, Py_NewRef(request->failure));
+        PyErr_Restore(type, value, traceback);
+    }
     return false;
 }
 
@@ -1021,17 +1289,27 @@ static bool sleep_in_queue(PoolObject *self, struct request *request, uint64_t n
     }
     if (slice > request->deadline_ns - now)
         slice = request->deadline_ns - now;
+    uint64_t probe = upstream_left(&pool->slab, now); /* then one of those who wait may dial */
+    if (probe && slice > probe)
+        slice = probe;
     Py_BEGIN_ALLOW_THREADS
     request->woken = waiter_sleep(&pool->slab, &request->place, slice);
     Py_END_ALLOW_THREADS
     bool interrupted = PyErr_CheckSignals() != 0; /* a handler may have forked, or closed the pool */
-    if (forked_since(self, request->generation))
-        return !interrupted;
-    if (interrupted)
-        pool_count(pool, SHM_W_interrupted, 1);
-    else
+    if (!interrupted && !forked_since(self, request->generation))
         waiter_prepare(&pool->slab, &request->place);
     return !interrupted;
+}
+
+static bool enter_queue(PoolObject *self, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    if (request->place.queued)
+        return true;
+    if (!waiter_enter(&pool->slab, &request->place, pool->worker, request->mask, (uint32_t)gettid(), clock_now()))
+        return false;
+    pool_count(pool, SHM_W_waits, 1);
+    return true;
 }
 
 /* Nothing is free: join the queue, or sleep in it. True: look again; false with an exception. */
@@ -1040,9 +1318,9 @@ static bool wait_turn(PoolObject *self, struct request *request)
     struct pool *pool = &self->pool;
     uint64_t now = clock_now();
     if (!request->may_wait)
-        return give_up(self, request, SHM_W_exhausted, "exhausted");
+        return give_up(self, request, "exhausted");
     if (now >= request->deadline_ns)
-        return give_up(self, request, SHM_W_timeouts, "timeout");
+        return give_up(self, request, "timeout");
     if (request->place.queued && waiter_promised(&pool->slab, &request->place) >= 0) {
         /* Promised, but the look did not find the offer. */
         pool_return_promise(pool, waiter_rematch(&pool->slab, &request->place));
@@ -1051,22 +1329,243 @@ static bool wait_turn(PoolObject *self, struct request *request)
     }
     if (request->place.queued)
         return sleep_in_queue(self, request, now);
-    if (!waiter_enter(&pool->slab, &request->place, pool->worker, request->mask, (uint32_t)gettid(), now))
-        return give_up(self, request, SHM_W_exhausted, "waiters");
-    pool_count(pool, SHM_W_waits, 1);
+    if (!enter_queue(self, request))
+        return give_up(self, request, "waiters");
     return true; /* look once more, now that everybody can see that we wait */
 }
+
+/* An empty slot is ours: dial here, or let a thread dial and wait for whatever is there first. */
+static PyObject *begin_dial(PoolObject *self, struct pool_claim *claim, struct request *request)
+{
+    request->attempts++;
+    pool_announce_dial(&self->pool, claim, request->mask, false);
+    if (request_waits(request) && !claim->alone && enter_queue(self, request) && dial_apart(self, claim, request))
+        return NULL;
+    return lease_dialled(self, claim, request);
+}
+
+/* Sleep, without the GIL; a signal handler may raise. */
+static bool nap(uint64_t ns)
+{
+    struct timespec pause = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+    Py_BEGIN_ALLOW_THREADS
+    nanosleep(&pause, NULL);
+    Py_END_ALLOW_THREADS
+    return PyErr_CheckSignals() == 0;
+}
+
+/* Nobody may dial: the server is down. */
+static PyObject *wait_for_server(PoolObject *self, struct request *request)
+{
+    uint64_t left = upstream_left(&self->pool.slab, clock_now());
+    if (request_waits(request) && !patience_is_over(self, request)) {
+        wait_turn(self, request);
+        return NULL;
+    }
+    if (!patience_is_over(self, request) && left <= UPSTREAM_NEAR_NS) {
+        nap(left);
+        return NULL;
+    }
+    if (!request->failure)
+        return raise_error(self, "down", request->mask, clock_now() - request->begun_ns, request->timeout_ns);
+    PyErr_SetObject((PyObject *)Py_TYPE(request->failure), request->failure);
+    return NULL;
+}
+
+/* ---- a pool that listens (service.h) ---- */
+
+/* The event of a client's connection, LEASED by the claim: it has spoken, or closed, or another was faster; `crowded`: it is one that has been
+ * silent while others wait for its slot. As lease_existing(). */
+static PyObject *lease_spoken(PoolObject *self, struct pool_claim *claim, struct request *request, bool crowded)
+{
+    struct pool *pool = &self->pool;
+    if (!fetch_for_lease(self, claim, request))
+        return NULL;
+    pool_count(pool, SHM_W_checks, 1);
+    switch (connection_check(pool->entries[claim->slot].fd)) {
+    case CONNECTION_DIRTY: /* a request; it is served whatever the connection's age */
+        if (!(SHM_LOAD(row, pool->slab.slots[claim->slot].kind) & SHM_KIND_ENDING))
+            return lease_fit(self, claim, request, clock_coarse());
+        retire_unfit(self, claim, pool_over_reason(pool, claim->slot), request);
+        break;
+    case CONNECTION_GOOD:
+        if (!crowded)
+            give_back(self, claim);
+        else if (pool_condemn(pool, claim))
+            retire_condemned(self, claim, SHM_T_closed_evicted, &(uint64_t){0}); /* nothing is under way that its client should get first */
+        break;
+    case CONNECTION_CLOSED:
+        retire_unfit(self, claim, SHM_T_closed_broken, request);
+    }
+    return NULL;
+}
+
+/* on_created did not want the client (exception set): Python says what becomes of that. */
+static void client_refused(PoolObject *self, uint32_t slot, uint64_t id)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback)
+        PyException_SetTraceback(value, traceback);
+    PyObject *result = PyObject_CallMethod((PyObject *)self, "_client_refused", "OIK", value, (unsigned)slot, (unsigned long long)id);
+    Py_XDECREF(result);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+}
+
+/* No client came of the DIALING claim that has a name already. Keeps a pending exception. */
+static void abandon_client(PoolObject *self, struct pool_claim *claim)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    Py_BEGIN_ALLOW_THREADS
+    pool_abandon(&self->pool, claim);
+    Py_END_ALLOW_THREADS
+    PyErr_Restore(type, value, traceback);
+}
+
+/* The client that the program's acceptor takes from the listener; the claim is given up when there is none. NULL: none, or an exception. */
+static PyObject *take_client(PoolObject *self, struct pool_claim *claim)
+{
+    uint32_t generation = self->pool.generation;
+    PyObject *taken = PyObject_CallMethod((PyObject *)self, "_take_client", NULL);
+    if (forked_since(self, generation)) {
+        Py_XDECREF(taken);
+        return NULL;
+    }
+    if (taken != Py_None) /* else nobody was there, and who was faster watches the listener */
+        service_listen_on(&self->pool);
+    if (taken && PyTuple_Check(taken)) {
+        pool_name_connection(&self->pool, claim);
+        return taken;
+    }
+    service_give_up(&self->pool, claim);
+    Py_XDECREF(taken);
+    return NULL;
+}
+
+/* A client was accepted on the DIALING claim: as `fd`, named and perhaps mailed; or is to be, by the program's acceptor (fd is -1). A lease; or
+ * NULL, perhaps with an exception: wait on. */
+static PyObject *lease_client(PoolObject *self, struct pool_claim *claim, struct request *request, int fd, bool mailed)
+{
+    struct pool *pool = &self->pool;
+    uint32_t generation = pool->generation;
+    PyObject *taken = fd >= 0 ? Py_NewRef(Py_None) : take_client(self, claim);
+    if (!taken)
+        return NULL;
+    uint64_t id = SHM_LOAD(row, pool->slab.slots[claim->slot].connection);
+    PyObject *client = PyObject_CallMethod((PyObject *)self, "_accept_client", "IKiNN", (unsigned)claim->slot, (unsigned long long)id, fd,
+                                           PyBool_FromLong(mailed), taken);
+    bool forked = forked_since(self, generation); /* then our copy goes; the parent goes on with its own */
+    bool installed = !forked && client && client != Py_None && install(self, claim, id, client);
+    Py_XDECREF(client);
+    if (forked)
+        return NULL;
+    if (!installed) {
+        abandon_client(self, claim);
+        return NULL;
+    }
+    if (self->on_created && !created_is_welcome(self, claim)) {
+        client_refused(self, claim->slot, id);
+        return NULL;
+    }
+    if (forked_since(self, generation))
+        return NULL;
+    claim->source = SOURCE_DIAL;
+    return lease_fit(self, claim, request, clock_coarse());
+}
+
+/* The pool is not open as usual: wait, or refuse. */
+static void wait_or_refuse(PoolObject *self, struct request *request, uint64_t left_ns)
+{
+    uint64_t waited = clock_now() - request->begun_ns, slice = WAITER_SLICE_NS;
+    switch (steering_now(&self->pool.slab)) {
+    case SHM_POOL_OPEN:
+        return;
+    case SHM_POOL_PAUSED:
+        if (!request_waits(request))
+            raise_error(self, "paused", request->mask, waited, request->timeout_ns);
+        else if (!left_ns)
+            give_up(self, request, "timeout");
+        else
+            nap(left_ns < slice ? left_ns : slice);
+        return;
+    case SHM_POOL_DRAINING:
+        raise_error(self, "draining", request->mask, 0, 0);
+        return;
+    case SHM_POOL_CLOSED:
+        raise_error(self, "closed", request->mask, 0, 0);
+        return;
+    }
+    raise_error(self, "damaged", request->mask, 0, 0);
+}
+
+/* One look of a pool that listens: the next client that is new or has spoken; waits for one slice. As look(). */
+static PyObject *look_for_client(PoolObject *self, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    struct pool_claim claim = {0};
+    enum service_found found;
+    uint64_t now = clock_now(), left_ns = request->may_wait && request->deadline_ns > now ? request->deadline_ns - now : 0;
+    int fd = -1, error = 0;
+    bool mailed = false;
+    if (!pool_is_plain(pool)) {
+        wait_or_refuse(self, request, left_ns);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    found = service_next(pool, left_ns, &claim);
+    if (found == SERVICE_CLIENT && !self->accepts_by_hand && (fd = service_accept(pool, &claim, &mailed)) < 0)
+        error = errno;
+    if (found == SERVICE_NOTHING && recovery_is_due(pool))
+        recovery_run(pool, false);
+    Py_END_ALLOW_THREADS
+    switch (found) {
+    case SERVICE_SPOKE:
+    case SERVICE_CROWDED:
+        return lease_spoken(self, &claim, request, found == SERVICE_CROWDED);
+    case SERVICE_CLIENT:
+        if (!error)
+            return lease_client(self, &claim, request, fd, mailed);
+        errno = error;
+        return service_is_short(error) ? PyErr_SetFromErrno(PyExc_OSError) : NULL;
+    case SERVICE_AGAIN:
+        return NULL;
+    case SERVICE_NOTHING:
+        tell_ended(self);
+        if (!PyErr_CheckSignals() && !left_ns)
+            give_up(self, request, request->may_wait ? "timeout" : "silent");
+        return NULL;
+    case SERVICE_LOST:
+        return raise_error(self, "descriptors", 0, 0, 0);
+    }
+    Py_UNREACHABLE();
+}
+
+/* ---- looking ---- */
 
 /* One look at everything. A lease; or NULL with an exception; or NULL without: look again. */
 static PyObject *look(PoolObject *self, struct request *request)
 {
     struct pool *pool = &self->pool;
     struct pool_claim claim;
-    switch (pool_take(pool, request->mask, &request->place, &claim)) {
+    if (pool->service)
+        return look_for_client(self, request);
+    look_after_dial(self, request);
+    if (PyErr_Occurred())
+        return NULL;
+    switch (pool_take(pool, request->mask, request_waits(request) ? &request->place : NULL, &claim)) {
     case TAKEN_LEASED:
         return lease_existing(self, &claim, request, NULL);
     case TAKEN_DIAL:
-        return lease_dialled(self, &claim, request);
+        return begin_dial(self, &claim, request);
+    case TAKEN_ADOPTED:
+        request->place.dialling = true;
+        request->under_way = claim;
+        request->adopted_ns = clock_now();
+        return NULL;
     case TAKEN_EVICTED:
         retire_condemned(self, &claim, SHM_T_closed_evicted, &request->linger_ns);
         return NULL;
@@ -1074,17 +1573,65 @@ static PyObject *look(PoolObject *self, struct request *request)
         Py_BEGIN_ALLOW_THREADS
         recovery_run(pool, false);
         Py_END_ALLOW_THREADS
+        tell_ended(self);
         return NULL;
     case TAKEN_NOTHING:
         wait_turn(self, request);
         return NULL;
+    case TAKEN_DOWN:
+        return wait_for_server(self, request);
+    case TAKEN_PAUSED:
+        if (request_waits(request))
+            wait_turn(self, request);
+        else
+            raise_error(self, "paused", request->mask, clock_now() - request->begun_ns, request->timeout_ns);
+        return NULL;
     case TAKEN_CLOSED:
-        pool_count(pool, SHM_W_refused, 1);
         return raise_error(self, "closed", request->mask, 0, 0);
+    case TAKEN_DRAINING:
+        return raise_error(self, "draining", request->mask, 0, 0);
     case TAKEN_DAMAGED:
         return raise_error(self, "damaged", request->mask, 0, 0);
     }
     Py_UNREACHABLE();
+}
+
+/* A call ends with the exception that is set: count it. */
+static void count_failure(PoolObject *self)
+{
+    struct pool *pool = &self->pool;
+    if (!self->made)
+        return;
+    if (self->finished || !pool_joined(pool)) { /* no row is ours */
+        if (PyErr_ExceptionMatches(pool_closed))
+            pool_count_total(pool, SHM_T_late_refusals, 1);
+        return;
+    }
+    pool_count(pool, PyErr_ExceptionMatches(pool_closed)              ? SHM_W_refused
+                     : PyErr_ExceptionMatches(pool_exhausted)         ? SHM_W_exhausted
+                     : PyErr_ExceptionMatches(PyExc_TimeoutError)     ? SHM_W_timeouts
+                     : PyErr_ExceptionMatches(dial_error)             ? SHM_W_dial_errors
+                                                                      : SHM_W_interrupted, 1);
+}
+
+/* Be sure that this call is of a process that takes part: at its begin, and after a fork in its middle. False with an exception. */
+static bool take_part(PoolObject *self, struct request *request)
+{
+    struct pool *pool = &self->pool;
+    if (SHM_LIKELY(self->made && !self->finished && !forked_since(self, request->generation) && self->generation == pool->generation))
+        return true;
+    Py_CLEAR(request->outcome);
+    request->place.queued = request->place.dialling = false; /* after a fork the place is the parent's; after finish() it is gone */
+    if (!self->made || self->finished || !pool_is_open(pool)) {
+        finish(self);
+        return raise_error(self, "closed", request->mask, 0, 0) != NULL;
+    }
+    if (!ensure_joined(self))
+        return false;
+    request->generation = pool->generation;
+    bool down = upstream_is_down(SHM_LOAD_SEQ(upstream, pool->slab.header->upstream));
+    request->patience = SHM_LOAD(hint, pool->slab.header->upstream_failures) + self->dial_retries + !down;
+    return true;
 }
 
 static PyObject *search_and_wait(PoolObject *self, uint32_t mask, uint64_t timeout_ns, bool may_wait)
@@ -1094,23 +1641,14 @@ static PyObject *search_and_wait(PoolObject *self, uint32_t mask, uint64_t timeo
     PyObject *lease = NULL;
     if (self->made && !self->finished && pool_joined(pool))
         (void)pool_answer(pool); /* see ensure_joined */
-    while (!lease && !PyErr_Occurred()) {
-        if (!self->made || self->finished || forked_since(self, request.generation) ||
-            self->generation != pool->generation) {
-            request.place.queued = false; /* after a fork the place is the parent's; after finish() it is gone */
-            if (!self->made || self->finished || !pool_is_open(pool)) {
-                finish(self);
-                return raise_error(self, "closed", mask, 0, 0);
-            }
-            if (!ensure_joined(self))
-                return NULL;
-            request.generation = pool->generation;
-        }
-        lease = look(self, &request);
-    }
-    if (request.place.queued && !forked_since(self, request.generation))
-        leave_queue(self, &request);
-    if (!pool_is_open(pool))
+    while (!lease && !PyErr_Occurred())
+        lease = take_part(self, &request) ? look(self, &request) : NULL;
+    if (!lease)
+        count_failure(self);
+    leave_queue(self, &request);
+    Py_XDECREF(request.outcome);
+    Py_XDECREF(request.failure);
+    if (self->made && !pool_is_open(pool))
         finish(self);
     return lease;
 }
@@ -1128,7 +1666,7 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
 {
     struct pool *pool = &self->pool;
     struct pool_claim claim;
-    if (SHM_UNLIKELY(!self->made || !pool_is_open(pool) || !pool_is_settled(pool) || self->generation != pool->generation))
+    if (SHM_UNLIKELY(!self->made || !pool_is_plain(pool) || !pool_is_settled(pool) || self->generation != pool->generation))
         return get_slow(self, mask, timeout_ns, may_wait);
     uint64_t now = clock_coarse(), begun = 0;
     uint32_t weight = pool->options.stats ? pool_timing_due(pool, now) : 0;
@@ -1145,6 +1683,8 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
                      (condition = pool_validate(pool, claim.slot, entry->fd, now)) != CONDITION_GOOD)) {
         struct request request = request_new(mask, timeout_ns, may_wait);
         PyObject *lease = lease_existing(self, &claim, &request, condition == CONDITION_GOOD ? NULL : &condition);
+        if (!lease && PyErr_Occurred())
+            count_failure(self);
         return lease || PyErr_Occurred() ? lease : get_slow(self, mask, timeout_ns, may_wait);
     }
     uint64_t got = 0;
@@ -1152,16 +1692,18 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
         got = clock_now();
         hist_add(&pool->row->get, got - begun, weight);
     }
-    count_hot(pool, SHM_W_hits);
     LeaseObject *lease = lease_new(self, &claim, weight, got);
     if (SHM_UNLIKELY(!lease)) {
         retire_leased(self, &claim, SHM_T_closed_error);
         return NULL;
     }
-    return lease_begin(self, lease, now);
+    PyObject *begun_lease = lease_begin(self, lease, now, SOURCE_CACHE);
+    if (SHM_UNLIKELY(!begun_lease))
+        count_failure(self);
+    return begun_lease;
 }
 
-static bool check_made(PoolObject *self)
+bool check_made(PoolObject *self)
 {
     if (!self->made)
         PyErr_SetString(PyExc_RuntimeError, "the pool was not created");
@@ -1272,43 +1814,55 @@ GET_KIND(get_ipv6, IPV6_MASK, NULL, 6)
 
 /* ---- the other methods of PoolBase ---- */
 
+static uint64_t limited_ns(double seconds) { return seconds > 9e9 ? NEVER : (uint64_t)(seconds * 1e9); }
+
+static void take_hook(PyObject **to, PyObject *hook) { Py_XSETREF(*to, hook == Py_None ? NULL : Py_NewRef(hook)); }
+
 /* What this process wants of the pool, the same for a pool that it makes and one that it joins: (local_cache_size, alive_bypass,
- * idle_timeout, clear_udp_buffer, udp_clear_timeout, udp_clear_max_packets, stats), get_timeout, mask, on_borrow, on_return. */
+ * idle_timeout, clear_udp_buffer, udp_clear_timeout, udp_clear_max_packets, stats, min_connections, max_idle or 0), (first and longest
+ * backoff, connection_timeout, dial_retries, wait when down), get_timeout, mask, on_borrow, on_return, on_created, is there an acceptor. */
 static bool take_settings(PoolObject *self, PyObject *settings, struct pool_options *options)
 {
-    unsigned cache, udp_packets, mask;
-    int clear_udp, stats;
-    double bypass, idle, udp_timeout;
+    unsigned cache, udp_packets, mask, minimum, max_idle, retries;
+    int clear_udp, stats, wait_when_down, by_hand;
+    double bypass, idle, udp_timeout, first, last, dial_limit;
     uint64_t timeout_ns;
-    PyObject *timeout, *on_borrow, *on_return;
-    if (!PyArg_ParseTuple(settings, "(IddpdIp)OIOO:settings", &cache, &bypass, &idle, &clear_udp, &udp_timeout, &udp_packets, &stats,
-                          &timeout, &mask, &on_borrow, &on_return) ||
+    PyObject *timeout, *on_borrow, *on_return, *on_created;
+    if (!PyArg_ParseTuple(settings, "(IddpdIpII)(dddIp)OIOOOp:settings", &cache, &bypass, &idle, &clear_udp, &udp_timeout, &udp_packets,
+                          &stats, &minimum, &max_idle, &first, &last, &dial_limit, &retries, &wait_when_down, &timeout, &mask,
+                          &on_borrow, &on_return, &on_created, &by_hand) ||
         !seconds_ns(timeout, "get_timeout", &timeout_ns))
         return false;
     if (self->made || cache > LOCAL_CACHE_MAX || !mask || mask > WAITER_ANY_BUCKET)
         return PyErr_Format(PyExc_ValueError, "a pool is made once, and its settings are in range") != NULL;
-    *options = (struct pool_options){cache, bypass > 9e9 ? NEVER : (uint64_t)(bypass * 1e9), idle > 9e9 ? NEVER : (uint64_t)(idle * 1e9),
-                                     (uint64_t)(udp_timeout * 1e9), udp_packets, clear_udp != 0, stats != 0};
+    struct upstream_backoff backoff = {limited_ns(first), limited_ns(last), limited_ns(dial_limit + 1)};
+    *options = (struct pool_options){cache, limited_ns(bypass), limited_ns(idle), (uint64_t)(udp_timeout * 1e9), udp_packets,
+                                     clear_udp != 0, stats != 0, minimum, max_idle, backoff};
     self->mask = mask;
     self->default_timeout_ns = timeout_ns;
-    Py_XSETREF(self->on_borrow, on_borrow == Py_None ? NULL : Py_NewRef(on_borrow));
-    Py_XSETREF(self->on_return, on_return == Py_None ? NULL : Py_NewRef(on_return));
+    self->dial_retries = retries;
+    self->wait_when_down = wait_when_down != 0;
+    self->accepts_by_hand = by_hand != 0;
+    take_hook(&self->on_borrow, on_borrow);
+    take_hook(&self->on_return, on_return);
+    take_hook(&self->on_created, on_created);
     return true;
 }
 
 static void begin_use(PoolObject *self)
 {
     self->made = true;
+    self->pool.notes_ended = true;
     for (uint32_t slot = 0; slot < self->pool.slab.layout.max_slots; slot++)
         entry_take(&self->pool.entries[slot]);
     self->generation = self->pool.generation;
 }
 
-/* _create(fd, listener, (slots, workers, waiters), (id, created, uid, name, target, config, rendezvous), settings): the descriptors are
+/* _create(fd, listener, (cap, slots, workers, waiters), (id, created, uid, name, target, config, rendezvous), settings): the descriptors are
  * ours, also if this raises: whoever looks at a signal in between cannot close them twice. */
 static PyObject *pool_create_(PoolObject *self, PyObject *args)
 {
-    unsigned slots, workers, waiters, uid;
+    unsigned cap, slots, workers, waiters, uid;
     int fd = -1, listener = -1;
     const char *id, *name, *target, *config, *rendezvous;
     Py_ssize_t id_size;
@@ -1316,9 +1870,9 @@ static PyObject *pool_create_(PoolObject *self, PyObject *args)
     PyObject *settings;
     struct slab_layout layout;
     struct pool_options options;
-    bool good = PyArg_ParseTuple(args, "ii(III)(y#dIssss)O!", &fd, &listener, &slots, &workers, &waiters, &id, &id_size, &created,
+    bool good = PyArg_ParseTuple(args, "ii(IIII)(y#dIssss)O!", &fd, &listener, &cap, &slots, &workers, &waiters, &id, &id_size, &created,
                                  &uid, &name, &target, &config, &rendezvous, &PyTuple_Type, &settings);
-    if (good && (id_size != 16 || !slab_layout(&layout, slots, workers, waiters)))
+    if (good && (id_size != 16 || !slab_layout(&layout, slots, workers, waiters) || !cap || cap > slots))
         good = PyErr_Format(PyExc_ValueError, "_create: a capacity is out of range") != NULL;
     if (!good || !take_settings(self, settings, &options)) {
         if (fd >= 0)
@@ -1328,7 +1882,7 @@ static PyObject *pool_create_(PoolObject *self, PyObject *args)
         return NULL;
     }
     struct slab_identity who = {(const uint8_t *)id, (uint64_t)(created * 1e9), uid, (uint32_t)getpid(), name, target, config,
-                                rendezvous};
+                                rendezvous, cap};
     forks_hold();
     bool made = pool_create(&self->pool, fd, listener, &layout, &who, &options) == POOL_OK;
     if (made)
@@ -1337,6 +1891,27 @@ static PyObject *pool_create_(PoolObject *self, PyObject *args)
         pool_free(&self->pool);
     forks_release();
     return made ? Py_NewRef(Py_None) : PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* _serve(listener): accept clients from that listening socket, which is ours from now on; before the pool is published. If this raises, it is not. */
+static PyObject *pool_serve(PoolObject *self, PyObject *args)
+{
+    int listener;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "i", &listener))
+        return NULL;
+    forks_hold();
+    int error = service_create(&self->pool, listener);
+    forks_release();
+    errno = error;
+    return error ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
+}
+
+/* _listener() -> int: this process's descriptor of the socket from which clients are accepted, -1: there is none. */
+static PyObject *pool_listener(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    struct service *service = self->made ? self->pool.service : NULL;
+    return PyLong_FromLong(service ? atomic_load(&service->listener) : -1);
 }
 
 /* Join with a set that is ours, which takes it over. Forks of other threads wait from the moment in which the set began to be ours: a child
@@ -1515,130 +2090,6 @@ static PyObject *pool_mail(PoolObject *self, PyObject *args)
     return PyBool_FromLong(mailbox_deposit(pool->mailboxes[slot], pool->slab.header->id, slot, id, fd, NULL, 0) == 0);
 }
 
-/* _recover() -> int: look for dead workers now; slots freed. */
-static PyObject *pool_recover(PoolObject *self, PyObject *unused)
-{
-    (void)unused;
-    uint32_t freed;
-    if (!check_made(self) || self->finished)
-        return check_made(self) ? PyLong_FromLong(0) : NULL;
-    if (!ensure_joined(self))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    freed = recovery_run(&self->pool, true);
-    Py_END_ALLOW_THREADS
-    return PyLong_FromUnsignedLong(freed);
-}
-
-/* Retire every idle connection that `fits`; returns how many, or -1 with an exception. */
-static int64_t retire_idle(PoolObject *self, unsigned reason, bool (*fits)(struct pool *, uint32_t))
-{
-    struct pool *pool = &self->pool;
-    uint32_t count = pool->slab.layout.max_slots, found = 0, generation = pool->generation;
-    struct pool_claim *claims = PyMem_Calloc(count, sizeof *claims);
-    int *fds = PyMem_Calloc(count, sizeof *fds);
-    if (!claims || !fds) {
-        PyMem_Free(claims);
-        PyMem_Free(fds);
-        PyErr_NoMemory();
-        return -1;
-    }
-    for (uint32_t slot = 0; slot < count; slot++) {
-        uint64_t word = slot_load(&pool->slab.slots[slot]);
-        claims[found] = (struct pool_claim){.slot = slot, .word = word};
-        if ((slot_state(word) == SLOT_IDLE || slot_state(word) == SLOT_OFFERED) && fits(pool, slot) &&
-            pool_condemn(pool, &claims[found]))
-            found++;
-    }
-    for (uint32_t i = 0; i < found; i++) {
-        entry_drop_session(&pool->entries[claims[i].slot]);
-        fds[i] = entry_fd(pool, claims[i].slot);
-    }
-    if (!forked_since(self, generation)) {
-        Py_BEGIN_ALLOW_THREADS
-        pool_end(pool, claims, fds, found, CONNECTION_LINGER_NS);
-        Py_END_ALLOW_THREADS
-        for (uint32_t i = 0; i < found; i++)
-            empty_slot(pool, &claims[i], reason);
-    }
-    PyMem_Free(claims);
-    PyMem_Free(fds);
-    return (int64_t)found;
-}
-
-static bool any_fits(struct pool *pool, uint32_t slot)
-{
-    (void)pool, (void)slot;
-    return true;
-}
-
-static bool is_too_old(struct pool *pool, uint32_t slot)
-{
-    return SHM_LOAD(row, pool->slab.slots[slot].expires_ns) <= clock_now();
-}
-
-static bool is_idle_too_long(struct pool *pool, uint32_t slot)
-{
-    uint64_t now = clock_now(), used = SHM_LOAD(row, pool->slab.slots[slot].last_used_ns);
-    return now > used && now - used > pool->options.idle_timeout_ns;
-}
-
-/* _expire() -> int: retire idle connections past their lifetime or idle time. */
-static PyObject *pool_expire(PoolObject *self, PyObject *unused)
-{
-    (void)unused;
-    if (!check_made(self) || !pool_is_open(&self->pool))
-        return check_made(self) ? PyLong_FromLong(0) : NULL;
-    if (!ensure_joined(self))
-        return NULL;
-    int64_t old = retire_idle(self, SHM_T_closed_lifetime, is_too_old);
-    int64_t idle = old < 0 ? -1 : retire_idle(self, SHM_T_closed_idle, is_idle_too_long);
-    return idle < 0 ? NULL : PyLong_FromLongLong(old + idle);
-}
-
-/* _close_stale() -> int: close this process's copies of connections that have ended. */
-static PyObject *pool_close_stale_alone(PoolObject *self)
-{
-    if (!check_made(self) || self->finished)
-        return check_made(self) ? PyLong_FromLong(0) : NULL;
-    if (!ensure_joined(self))
-        return NULL;
-    struct pool *pool = &self->pool;
-    long closed = 0;
-    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
-        struct slot_shm *row = &pool->slab.slots[slot];
-        uint64_t word = slot_load(row);
-        if (!pool->entries[slot].connection || pool->entries[slot].connection == SHM_LOAD(row, row->connection) ||
-            (slot_state(word) != SLOT_IDLE && slot_owner(word) == pool->worker))
-            continue; /* ours to the connection's end, or in a thread's hands here */
-        struct parts parts = entry_take(&pool->entries[slot]);
-        parts_drop_session(&parts);
-        parts_close(&parts);
-        closed++;
-    }
-    return PyLong_FromLong(closed);
-}
-
-/* _shut() -> int: close the pool for all processes, retire what is idle; number retired. */
-static PyObject *pool_shut__alone(PoolObject *self)
-{
-    if (!check_made(self))
-        return NULL;
-    struct pool *pool = &self->pool;
-    if (self->finished) {
-        finish_for_parent(self);
-        return PyLong_FromLong(0);
-    }
-    if (!ensure_joined(self))
-        return NULL;
-    pool_shut(pool);
-    Py_BEGIN_ALLOW_THREADS
-    recovery_run(pool, true);
-    Py_END_ALLOW_THREADS
-    int64_t retired = retire_idle(self, SHM_T_closed_shutdown, any_fits);
-    return retired < 0 ? NULL : PyLong_FromLongLong(retired);
-}
-
 /* _finish() -> bool: give this process's part back if it holds no lease; whether it is done. */
 static PyObject *pool_finish_alone(PoolObject *self)
 {
@@ -1675,19 +2126,6 @@ static PyObject *pool_unmake_alone(PoolObject *self)
     Py_RETURN_NONE;
 }
 
-/* The methods that give things back, each alone on its pool. */
-#define ALONE(name)                                                                                                    \
-    static PyObject *name(PoolObject *self, PyObject *unused)                                                          \
-    {                                                                                                                  \
-        PyObject *result;                                                                                              \
-        (void)unused;                                                                                                  \
-        Py_BEGIN_CRITICAL_SECTION(self);                                                                               \
-        result = name##_alone(self);                                                                                   \
-        Py_END_CRITICAL_SECTION();                                                                                     \
-        return result;                                                                                                 \
-    }
-ALONE(pool_close_stale)
-ALONE(pool_shut_)
 ALONE(pool_finish)
 ALONE(pool_leave_)
 ALONE(pool_unmake)
@@ -1726,28 +2164,9 @@ static PyObject *pool_is_open_(PoolObject *self, PyObject *unused)
     return PyBool_FromLong(self->made && !self->finished && pool_is_open(&self->pool));
 }
 
-/* _counts() -> {state: slots in it} */
-static PyObject *pool_counts(PoolObject *self, PyObject *unused)
-{
-    (void)unused;
-    unsigned long counts[SLOT_STATE_COUNT] = {0};
-    if (!check_made(self))
-        return NULL;
-    for (uint32_t slot = 0; slot < self->pool.slab.layout.max_slots; slot++) {
-        unsigned state = slot_state(slot_load(&self->pool.slab.slots[slot]));
-        counts[state < SLOT_STATE_COUNT ? state : SLOT_INVALID]++;
-    }
-    PyObject *dict = PyDict_New();
-    for (unsigned state = SLOT_EMPTY; dict && state < SLOT_STATE_COUNT; state++) {
-        PyObject *value = PyLong_FromUnsignedLong(counts[state]);
-        if (!value || PyDict_SetItemString(dict, slot_state_name(state), value))
-            Py_CLEAR(dict);
-        Py_XDECREF(value);
-    }
-    return dict;
-}
-
-/* _open(mask) -> bool: open a connection and leave it idle; False when no slot is empty. Hooks do not run. */
+/* _open(mask) -> bool: open a connection and leave it idle; False when no slot is empty, the server is known to be down, or the pool
+ * is drained. on_created runs,
+ * on_borrow and on_return do not. */
 static PyObject *pool_open_(PoolObject *self, PyObject *args)
 {
     struct pool_claim claim;
@@ -1758,11 +2177,22 @@ static PyObject *pool_open_(PoolObject *self, PyObject *args)
         return raise_error(self, "closed", mask, 0, 0);
     if (!ensure_joined(self))
         return NULL;
-    if (!pool_take_empty(&self->pool, &claim))
+    if (self->pool.service || steering_now(&self->pool.slab) == SHM_POOL_DRAINING)
+        Py_RETURN_FALSE;
+    enum pool_taken taken = pool_take_dial(&self->pool, true, &claim);
+    uint64_t left = upstream_left(&self->pool.slab, clock_now());
+    if (taken != TAKEN_DIAL && left && left <= UPSTREAM_NEAR_NS) {
+        if (!nap(left) || !ensure_joined(self))
+            return NULL;
+        taken = pool_take_dial(&self->pool, true, &claim);
+    }
+    if (taken != TAKEN_DIAL)
         Py_RETURN_FALSE;
     struct request request = request_new(mask, NEVER, false);
+    request.attempts = 1;
+    pool_announce_dial(&self->pool, &claim, mask, true);
     if (dial(self, &claim, &request) && pool_release(&self->pool, &claim, clock_coarse()) == RELEASE_RETIRE)
-        retire_leased(self, &claim, SHM_T_closed_letter);
+        retire_leased(self, &claim, pool_retire_reason(&self->pool, claim.slot));
     if (PyErr_Occurred()) {
         PyObject *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
@@ -1785,6 +2215,7 @@ static int pool_traverse(PoolObject *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->on_borrow);
     Py_VISIT(self->on_return);
+    Py_VISIT(self->on_created);
     for (uint32_t slot = 0; self->made && slot < self->pool.slab.layout.max_slots; slot++) {
         Py_VISIT((PyObject *)self->pool.entries[slot].socket);
         Py_VISIT((PyObject *)self->pool.entries[slot].session);
@@ -1796,6 +2227,7 @@ static int pool_clear(PoolObject *self)
 {
     Py_CLEAR(self->on_borrow);
     Py_CLEAR(self->on_return);
+    Py_CLEAR(self->on_created);
     return 0;
 }
 
@@ -1812,6 +2244,7 @@ static void pool_dealloc(PoolObject *self)
     Py_DECREF(type);
 }
 
+#define CARE_ENTRY(name, function, flags) {name, FASTCALL(function), flags, NULL},
 static PyMethodDef pool_methods[] = {
     {"get", FASTCALL(pool_get), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get($self, timeout=None, protocol=None, ip_version=None)\n--\n\n"
                "Lease a connection, waiting up to timeout seconds (None: the pool's get_timeout; 0: for nobody's return).\n\n"
@@ -1832,21 +2265,19 @@ static PyMethodDef pool_methods[] = {
     {"_attach", FASTCALL(pool_attach_), METH_VARARGS, NULL},
     {"_attach_copies", FASTCALL(pool_attach_copies), METH_VARARGS, NULL},
     {"_answer", FASTCALL(pool_answer_), METH_VARARGS, NULL},
+    {"_serve", FASTCALL(pool_serve), METH_VARARGS, NULL},
+    {"_listener", FASTCALL(pool_listener), METH_NOARGS, NULL},
     {"_note_path", FASTCALL(pool_note_path), METH_VARARGS, NULL},
     {"_identity", FASTCALL(pool_identity), METH_NOARGS, NULL},
     {"_mail", FASTCALL(pool_mail), METH_VARARGS, NULL},
-    {"_recover", FASTCALL(pool_recover), METH_NOARGS, NULL},
-    {"_expire", FASTCALL(pool_expire), METH_NOARGS, NULL},
-    {"_close_stale", FASTCALL(pool_close_stale), METH_NOARGS, NULL},
-    {"_shut", FASTCALL(pool_shut_), METH_NOARGS, NULL},
     {"_finish", FASTCALL(pool_finish), METH_NOARGS, NULL},
     {"_leave", FASTCALL(pool_leave_), METH_NOARGS, NULL},
     {"_unmake", FASTCALL(pool_unmake), METH_NOARGS, NULL},
     {"_left", FASTCALL(pool_left), METH_NOARGS, NULL},
     {"_is_open", FASTCALL(pool_is_open_), METH_NOARGS, NULL},
-    {"_counts", FASTCALL(pool_counts), METH_NOARGS, NULL},
-    {"_open", FASTCALL(pool_open_), METH_VARARGS, NULL},
     {"_snapshot", FASTCALL(pool_snapshot), METH_NOARGS, NULL},
+    {"_open", FASTCALL(pool_open_), METH_VARARGS, NULL},
+    CARE_METHODS(CARE_ENTRY)
     {NULL},
 };
 
@@ -1920,10 +2351,33 @@ static PyObject *core_publish(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static int soon(void *callable)
+{
+    PyObject *result = PyObject_CallNoArgs(callable);
+    if (!result)
+        PyErr_WriteUnraisable(callable);
+    Py_XDECREF(result);
+    Py_DECREF((PyObject *)callable);
+    return 0;
+}
+
+/* call_soon(callable) -> None: in the main thread: call it at its next step of Python; elsewhere: nothing. */
+static PyObject *core_call_soon(PyObject *module, PyObject *callable)
+{
+    (void)module;
+    if (gettid() != getpid())
+        Py_RETURN_NONE;
+    if (Py_AddPendingCall(soon, Py_NewRef(callable)) == 0)
+        Py_RETURN_NONE;
+    Py_DECREF(callable);
+    return PyErr_Format(PyExc_RuntimeError, "no room for another pending call");
+}
+
 static PyMethodDef core_methods[] = {
     {"layout", core_layout, METH_VARARGS, PyDoc_STR("layout(slots, workers, waiters) -> (total, per slot, per worker) bytes")},
     {"byte_is_locked", core_byte_is_locked, METH_VARARGS, PyDoc_STR("byte_is_locked(fd, byte) -> bool")},
     {"remove_segment", core_remove_segment, METH_VARARGS, PyDoc_STR("remove_segment(path, id) -> bool")},
+    {"call_soon", core_call_soon, METH_O, PyDoc_STR("call_soon(callable) -> None")},
     {"family_join", core_family_join, METH_VARARGS, PyDoc_STR("family_join(fd) -> None")},
     {"publish", core_publish, METH_VARARGS, PyDoc_STR("publish(private_path, public_path) -> None")},
     {NULL},
@@ -1945,12 +2399,24 @@ static int add_magic(PyObject *module)
     return result;
 }
 
+/* The errors that the core raises or recognises itself. */
+static bool take_errors(void)
+{
+    static const struct {
+        const char *name;
+        PyObject **to;
+    } wanted[] = {{"LeaseExpired", &lease_expired}, {"PoolClosed", &pool_closed}, {"PoolExhausted", &pool_exhausted},
+                  {"DialError", &dial_error}};
+    PyObject *errors = PyImport_ImportModule("shmpool.errors");
+    for (size_t i = 0; errors && i < sizeof wanted / sizeof wanted[0]; i++)
+        Py_XSETREF(*wanted[i].to, PyObject_GetAttrString(errors, wanted[i].name));
+    Py_XDECREF(errors);
+    return lease_expired && pool_closed && pool_exhausted && dial_error;
+}
+
 static int core_exec(PyObject *module)
 {
-    PyObject *errors = PyImport_ImportModule("shmpool.errors");
-    lease_expired = errors ? PyObject_GetAttrString(errors, "LeaseExpired") : NULL;
-    Py_XDECREF(errors);
-    if (!lease_expired || !add_type(module, &lease_spec, &lease_type, "PooledConnection") ||
+    if (!take_errors() || !add_type(module, &lease_spec, &lease_type, "PooledConnection") ||
         !add_type(module, &pool_spec, &pool_type, "PoolBase") || !add_type(module, &view_spec, &view_type, "SlabView"))
         return -1;
     return PyModule_AddIntConstant(module, "MAX_SLOTS", SHM_MAX_SLOTS) ||

@@ -1,6 +1,7 @@
-/* module_view.c: the slab as Python objects, for whoever looks: snapshots, and SlabView, a read-only mapping of a slab.
+/* module_view.c: the slab as Python objects, for whoever looks: snapshots, and SlabView, a mapping of a slab: read-only, or writable for
+ * who steers the pool without being a member of it.
  *
- * Reading writes nothing and takes no lock. A slot is read between two equal words, so that its fields belong to one moment; the
+ * Reading writes nothing and takes no lock; what steering writes is in steering.h. A slot is read between two equal words, so that its fields belong to one moment; the
  * whole is not a cut: it is read in some tens of microseconds while the pool goes on. What is read is bounds-checked by
  * slab_open(); a state that does not exist is named "invalid".
  *
@@ -12,11 +13,13 @@
 #include "module.h"
 
 #include <fcntl.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "pool.h"
+#include "service.h"
 
 /* ---- snapshots ---- */
 
@@ -74,13 +77,15 @@ static PyObject *slot_tuple(struct slab *slab, uint32_t index)
     return Py_BuildValue("IsiKIy#KKKKI", index, slot_state_name(slot_state(word)), (int)slot_owner(word) - 1,
                          (unsigned long long)fields[0], kind_bucket(kind), (const char *)peer, (Py_ssize_t)sizeof peer,
                          (unsigned long long)fields[1], (unsigned long long)fields[2], (unsigned long long)fields[3],
-                         (unsigned long long)fields[4], kind >> 8);
+                         (unsigned long long)fields[4],
+                         slot_state(word) == SLOT_DIALING ? 0 : kind >> 8 & 7); /* of a dial: the buckets that are wanted */
 }
 
 static PyObject *slot_list(struct slab *slab)
 {
-    PyObject *list = PyList_New(slab->layout.max_slots);
-    for (uint32_t i = 0; list && i < slab->layout.max_slots; i++) {
+    uint32_t bound = steering_bound(slab);
+    PyObject *list = PyList_New(bound);
+    for (uint32_t i = 0; list && i < bound; i++) {
         PyObject *row = slot_tuple(slab, i);
         if (row)
             PyList_SET_ITEM(list, i, row);
@@ -128,16 +133,31 @@ static PyObject *waiter_list(struct slab *slab)
     return list;
 }
 
+/* {"state", "step", "retry_ns", "since_ns", "failures", "error"} */
+static PyObject *upstream_dict(struct slab *slab)
+{
+    char text[SHM_ERROR_BYTES];
+    struct header_shm *header = slab->header;
+    uint64_t word = SHM_LOAD_SEQ(upstream, header->upstream);
+    upstream_error(slab, text);
+    return Py_BuildValue("{sssIsKsKsKsN}", "state", upstream_state_name(upstream_state(word)), "step", upstream_step(word), "retry_ns",
+                         (unsigned long long)upstream_retry_ns(word), "since_ns",
+                         (unsigned long long)SHM_LOAD(hint, header->upstream_since_ns), "failures",
+                         (unsigned long long)SHM_LOAD(hint, header->upstream_failures), "error",
+                         PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "replace"));
+}
+
 PyObject *snapshot_build(struct slab *slab, int fd)
 {
     struct header_shm *header = slab->header;
-    bool open = SHM_LOAD(hint, header->state) == SHM_POOL_OPEN;
     return Py_BuildValue(
-        "{sssssssIsIsdsKsssIsIsIsK sN sN s(sssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
+        "{sssssssIsIsdsKsssIsIsIsIsK sN s(III) sN sN s(sssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
         header->target, "config", header->config, "uid", header->creator_uid, "creator_pid", header->creator_pid, "created_at",
-        (double)header->created_realtime_ns / 1e9, "now", (unsigned long long)clock_now(), "state", open ? "open" : "closed",
-        "max_connections", header->max_slots, "max_workers", header->max_workers, "max_waiters", header->max_waiters, "size",
-        (unsigned long long)header->total_size, "totals",
+        (double)header->created_realtime_ns / 1e9, "now", (unsigned long long)clock_now(), "state",
+        steering_state_name((enum pool_state)SHM_LOAD(hint, header->state)), "max_connections", steering_cap(slab), "resize_limit",
+        header->max_slots - (header->listening ? SERVICE_RESERVED : 0), "max_workers", header->max_workers, "max_waiters", header->max_waiters, "size",
+        (unsigned long long)header->total_size, "upstream", upstream_dict(slab), "prewarm", SHM_LOAD(hint, header->prewarm_created),
+        SHM_LOAD(hint, header->prewarm_failed), SHM_LOAD(hint, header->prewarm_done), "totals",
         counter_dict(slab->totals->counters, total_counter_names, SHM_T_COUNT), "slots", slot_list(slab), "slot_fields",
         "index", "state", "owner", "id", "bucket", "peer", "created_ns", "last_used_ns", "leased_ns", "uses", "flags",
         "workers", worker_list(slab, fd), "worker_fields", "index", "pid", "alive", "started_ns", "generation", "counters",
@@ -151,6 +171,7 @@ typedef struct {
     PyObject_HEAD
     struct slab slab;
     int fd;
+    bool writable;
 } ViewObject;
 
 /* ValueError(what is wrong, whether it is a matter of versions) */
@@ -164,13 +185,13 @@ PyObject *raise_bad_slab(enum slab_verdict verdict)
     return NULL;
 }
 
-/* SlabView(fd): map the segment of `fd` read-only and check it. The view keeps a duplicate of the descriptor. */
+/* SlabView(fd, writable=False): map the segment of `fd` and check it. The view keeps a duplicate of the descriptor. */
 static int view_init(ViewObject *self, PyObject *args, PyObject *names)
 {
-    static char *known[] = {"fd", NULL};
-    int fd;
+    static char *known[] = {"fd", "writable", NULL};
+    int fd, writable = 0;
     struct stat status;
-    if (!PyArg_ParseTupleAndKeywords(args, names, "i:SlabView", known, &fd))
+    if (!PyArg_ParseTupleAndKeywords(args, names, "i|$p:SlabView", known, &fd, &writable))
         return -1;
     if (self->slab.header) {
         PyErr_SetString(PyExc_RuntimeError, "a SlabView is opened once");
@@ -183,7 +204,7 @@ static int view_init(ViewObject *self, PyObject *args, PyObject *names)
     size_t size = (size_t)status.st_size;
     enum slab_verdict verdict = SLAB_TOO_SMALL;
     if (size >= SHM_HEADER_BYTES) {
-        void *base = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+        void *base = mmap(NULL, size, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
         if (base == MAP_FAILED) {
             PyErr_SetFromErrno(PyExc_OSError);
             return -1;
@@ -199,6 +220,7 @@ static int view_init(ViewObject *self, PyObject *args, PyObject *names)
         return -1;
     }
     self->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    self->writable = writable != 0;
     return 0;
 }
 
@@ -219,6 +241,15 @@ static PyObject *view_snapshot(ViewObject *self, PyObject *unused)
     return view_is_whole(self) ? snapshot_build(&self->slab, self->fd) : NULL;
 }
 
+/* capacity() -> slots: as many mailboxes does each member need. */
+static PyObject *view_capacity(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (!self->slab.header)
+        return PyErr_Format(PyExc_ValueError, "the view is closed");
+    return PyLong_FromUnsignedLong(self->slab.layout.max_slots);
+}
+
 /* identity() -> (id, name, config, rendezvous, listener's inode, creator's pid, open?): what never changes, and whether the pool is open. */
 static PyObject *view_identity(ViewObject *self, PyObject *unused)
 {
@@ -227,7 +258,7 @@ static PyObject *view_identity(ViewObject *self, PyObject *unused)
         return NULL;
     struct header_shm *header = self->slab.header;
     return Py_BuildValue("y#sssKIN", header->id, (Py_ssize_t)sizeof header->id, header->name, header->config, header->rendezvous,
-                         (unsigned long long)header->listener_inode, header->creator_pid, PyBool_FromLong(SHM_LOAD(hint, header->state) == SHM_POOL_OPEN));
+                         (unsigned long long)header->listener_inode, header->creator_pid, PyBool_FromLong(SHM_LOAD(hint, header->state) != SHM_POOL_CLOSED));
 }
 
 /* mailboxes() -> [inode of each slot's mailbox] */
@@ -271,6 +302,92 @@ static PyObject *view_in_use(ViewObject *self, PyObject *unused)
     return PyBool_FromLong(self->slab.header && byte_is_locked(self->fd, SHM_FAMILY_BYTE));
 }
 
+/* members() -> [(index, generation, pid, alive)]: every process that has a place. One that is not alive has not been swept yet. */
+static PyObject *view_members(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    PyObject *list = view_is_whole(self) ? PyList_New(0) : NULL;
+    for (uint32_t i = 0; list && i < self->slab.layout.max_workers; i++) {
+        struct worker_shm *row = &self->slab.workers[i];
+        if (SHM_LOAD_ACQUIRE(worker, row->state) != SHM_WORKER_ACTIVE)
+            continue;
+        PyObject *tuple = Py_BuildValue("IKIN", i, (unsigned long long)SHM_LOAD(hint, row->generation), SHM_LOAD(hint, row->pid),
+                                        PyBool_FromLong(byte_is_locked(self->fd, i)));
+        if (!tuple || PyList_Append(list, tuple))
+            Py_CLEAR(list);
+        Py_XDECREF(tuple);
+    }
+    return list;
+}
+
+/* maintained() -> bool: is a process elected to look after the pool? */
+static PyObject *view_maintained(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    return view_is_whole(self) ? PyBool_FromLong(byte_is_locked(self->fd, SHM_MAINTAINER_BYTE)) : NULL;
+}
+
+/* limits() -> (cap, the most that resize() can make of it) */
+static PyObject *view_limits(ViewObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (!view_is_whole(self))
+        return NULL;
+    uint32_t slots = self->slab.layout.max_slots, reserved = self->slab.header->listening ? SERVICE_RESERVED : 0;
+    return Py_BuildValue("II", steering_cap(&self->slab), slots > reserved ? slots - reserved : 0);
+}
+
+/* ---- steering from outside ---- */
+
+/* The slab of a view that may write; NULL with an exception. */
+static struct slab *view_to_steer(ViewObject *self)
+{
+    if (!view_is_whole(self))
+        return NULL;
+    if (self->writable)
+        return &self->slab;
+    PyErr_SetString(PyExc_ValueError, "the view is read-only");
+    return NULL;
+}
+
+/* steer(state) -> bool: "open", "paused", "draining" or "closed"; False: it is so already, or closed */
+static PyObject *view_steer(ViewObject *self, PyObject *args)
+{
+    const char *name;
+    struct slab *slab = view_to_steer(self);
+    if (!slab || !PyArg_ParseTuple(args, "s:steer", &name))
+        return NULL;
+    enum pool_state state = steering_state_named(name);
+    if (!state)
+        return PyErr_Format(PyExc_ValueError, "no pool is %s", name);
+    return PyBool_FromLong(steering_state(slab, state));
+}
+
+/* resize(cap) -> int: what it was */
+static PyObject *view_resize(ViewObject *self, PyObject *args)
+{
+    unsigned cap;
+    struct slab *slab = view_to_steer(self);
+    if (!slab || !PyArg_ParseTuple(args, "I:resize", &cap))
+        return NULL;
+    if (!cap || cap > slab->layout.max_slots)
+        return PyErr_Format(PyExc_ValueError, "a pool of %u slots cannot have %u connections", slab->layout.max_slots, cap);
+    return PyLong_FromUnsignedLong(steering_resize(slab, cap));
+}
+
+/* evict(connection or 0, peer or b"", leased) -> int: condemn what fits both; how many */
+static PyObject *view_evict(ViewObject *self, PyObject *args)
+{
+    unsigned long long connection;
+    const char *peer;
+    Py_ssize_t peer_size;
+    int leased;
+    struct slab *slab = view_to_steer(self);
+    if (!slab || !PyArg_ParseTuple(args, "Ky#p:evict", &connection, &peer, &peer_size, &leased))
+        return NULL;
+    return PyLong_FromUnsignedLong(steering_evict(slab, connection, peer, (size_t)peer_size, leased != 0));
+}
+
 static PyObject *view_close(ViewObject *self, PyObject *unused)
 {
     (void)unused;
@@ -292,10 +409,17 @@ static void view_dealloc(ViewObject *self)
 
 static PyMethodDef view_methods[] = {
     {"snapshot", FASTCALL(view_snapshot), METH_NOARGS, PyDoc_STR("snapshot() -> dict")},
+    {"capacity", FASTCALL(view_capacity), METH_NOARGS, PyDoc_STR("capacity() -> slots")},
     {"identity", FASTCALL(view_identity), METH_NOARGS, PyDoc_STR("identity() -> (id, name, config, rendezvous, listener's inode, creator's pid, open)")},
     {"mailboxes", FASTCALL(view_mailboxes), METH_NOARGS, PyDoc_STR("mailboxes() -> [inode of each slot's mailbox]")},
     {"workers", FASTCALL(view_workers), METH_NOARGS, PyDoc_STR("workers() -> [pid of each living member]")},
     {"in_use", FASTCALL(view_in_use), METH_NOARGS, PyDoc_STR("in_use() -> bool: does any process still hold the slab?")},
+    {"members", FASTCALL(view_members), METH_NOARGS, PyDoc_STR("members() -> [(index, generation, pid, alive)] of who has a place")},
+    {"maintained", FASTCALL(view_maintained), METH_NOARGS, PyDoc_STR("maintained() -> bool: is a process elected to look after the pool?")},
+    {"limits", FASTCALL(view_limits), METH_NOARGS, PyDoc_STR("limits() -> (cap, the most that resize() can make of it)")},
+    {"steer", FASTCALL(view_steer), METH_VARARGS, PyDoc_STR("steer(state) -> bool: False: it is so already, or closed")},
+    {"resize", FASTCALL(view_resize), METH_VARARGS, PyDoc_STR("resize(cap) -> int: what it was")},
+    {"evict", FASTCALL(view_evict), METH_VARARGS, PyDoc_STR("evict(connection or 0, peer or b\"\", leased) -> int: how many were condemned")},
     {"close", FASTCALL(view_close), METH_NOARGS, PyDoc_STR("close() -> None")},
     {NULL},
 };
@@ -303,7 +427,7 @@ static PyType_Slot view_slots[] = {
     {Py_tp_init, view_init},
     {Py_tp_dealloc, view_dealloc},
     {Py_tp_methods, view_methods},
-    {Py_tp_doc, (void *)PyDoc_STR("SlabView(fd): a read-only look at a slab; ValueError((why, is_version)) when it is none.")},
+    {Py_tp_doc, (void *)PyDoc_STR("SlabView(fd, *, writable=False): a look at a slab, or a hand on it; ValueError((why, is_version)) when it is none.")},
     {0, NULL},
 };
 PyType_Spec view_spec = {"shmpool._core.SlabView", sizeof(ViewObject), 0, Py_TPFLAGS_DEFAULT, view_slots};

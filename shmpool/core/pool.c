@@ -14,6 +14,7 @@
 #include "connection.h"
 #include "freelist.h"
 #include "recovery.h"
+#include "service.h"
 
 /* ---- the handle ---- */
 
@@ -142,14 +143,23 @@ static enum pool_verdict open_set(struct pool *pool, const struct descriptors *s
     return is_of_set(&pool->slab, set) && descriptors_intact(pool) ? POOL_OK : POOL_LOST_DESCRIPTORS;
 }
 
+/* The listening socket of the service, of a pool that has one. */
+static enum pool_verdict open_service(struct pool *pool)
+{
+    errno = pool->slab.header->listening ? service_open(pool) : 0;
+    return !errno ? POOL_OK : errno == ENOENT ? POOL_LOST_DESCRIPTORS : POOL_ERRNO;
+}
+
 enum pool_verdict pool_attach(struct pool *pool, struct descriptors *set, const struct pool_options *options, enum slab_verdict *why)
 {
     begin_handle(pool, set->slab, set->listener, options);
     pool->mailboxes = set->mailboxes;
     pool->shared.count = set->count;
     enum pool_verdict verdict = open_set(pool, set, why);
-    if (verdict == POOL_OK)
-        return make_private(pool) ? begin_part(pool) : POOL_ERRNO;
+    if (verdict == POOL_OK) {
+        verdict = make_private(pool) ? open_service(pool) : POOL_ERRNO;
+        return verdict == POOL_OK ? begin_part(pool) : verdict;
+    }
     int error = errno;
     pool->mailboxes = NULL;
     pool->slab_fd = pool->shared.listener = -1;
@@ -161,8 +171,8 @@ enum pool_verdict pool_attach(struct pool *pool, struct descriptors *set, const 
 int pool_answer(struct pool *pool)
 {
     uint32_t phase = FORK_PARENT;
-    if (!pool->door)
-        return 0;
+    if (!pool->door || !pool_is_open(pool))
+        return 0; /* a closed pool has no newcomers */
     if (SHM_UNLIKELY(!pool_is_settled(pool)))
         SHM_CAS_SEQ(private, pool->fork->phase, &phase, FORK_READY);
     if (rendezvous_is_open(pool->door))
@@ -189,6 +199,7 @@ void pool_release_descriptors(struct pool *pool)
 {
     if (pool->door)
         rendezvous_close(pool->door);
+    service_close(pool);
     bool ours = !pool->mailboxes || !pool->slab.slots || descriptors_intact(pool); /* else the program has closed them, and may use the numbers again */
     for (uint32_t i = 0; pool->mailboxes && i < pool->shared.count; i++) {
         if (pool->mailboxes[i] >= 0 && (ours || inode_of(pool->mailboxes[i]) == pool->slab.slots[i].mailbox_inode))
@@ -215,6 +226,11 @@ void pool_free(struct pool *pool)
     pool_release_descriptors(pool);
     free(pool->mailboxes);
     free(pool->entries);
+    free(pool->service);
+    for (struct ended *note = pool_take_ended(pool), *next; note; note = next) {
+        next = note->next;
+        free(note);
+    }
     if (pool->door)
         rendezvous_give_back(pool->door);
     if (pool->seat)
@@ -332,14 +348,15 @@ void pool_leave(struct pool *pool)
 
 /* ---- get ---- */
 
-enum { SAW_OFFER = 1, SAW_EMPTY = 2, SAW_OTHER = 4, SAW_DAMAGE = 8, SAW_LOST = 16 /* an idle slot was taken under our hands */ };
+enum { SAW_OFFER = 1, SAW_EMPTY = 2, SAW_OTHER = 4, SAW_DAMAGE = 8, SAW_LOST = 16 /* an idle slot was taken under our hands */,
+       SAW_BUSY = 32, SAW_DIAL = 64 };
 
 static bool claim_offer(struct pool *pool, uint32_t slot, uint64_t word, uint32_t mask, struct pool_claim *claim)
 {
     struct slot_shm *row = &pool->slab.slots[slot];
     if (!pool_fits(pool, row, SHM_LOAD(row, row->kind), mask) || !slot_move(row, &word, pool->worker, SLOT_LEASED))
         return false;
-    *claim = (struct pool_claim){slot, SOURCE_OFFER, word};
+    *claim = (struct pool_claim){.slot = slot, .source = SOURCE_OFFER, .word = word};
     return true;
 }
 
@@ -378,7 +395,7 @@ static bool offer_expired(struct pool *pool, uint32_t slot, uint64_t now)
 /* Look at every slot word; take the first that is idle and fits. *saw tells what else is there. */
 static bool steal(struct pool *pool, uint32_t mask, struct pool_claim *claim, unsigned *saw)
 {
-    uint32_t count = pool->slab.layout.max_slots, slot = pool->worker * 7 % count;
+    uint32_t count = steering_bound(&pool->slab), slot = pool->worker * 7 % count;
     for (uint32_t i = 0; i < count; i++, slot = slot + 1 < count ? slot + 1 : 0) {
         uint64_t word = slot_load(&pool->slab.slots[slot]);
         switch (slot_state(word)) {
@@ -390,14 +407,18 @@ static bool steal(struct pool *pool, uint32_t mask, struct pool_claim *claim, un
             *saw |= slot_load(&pool->slab.slots[slot]) == word ? SAW_OTHER : SAW_LOST;
             break;
         case SLOT_OFFERED:
-            *saw |= SAW_OFFER;
+            *saw |= SAW_OFFER | SAW_BUSY;
             break;
         case SLOT_EMPTY:
             *saw |= SAW_EMPTY;
             break;
         case SLOT_DIALING:
+            *saw |= SAW_DIAL | SAW_BUSY;
+            break;
         case SLOT_LEASED:
         case SLOT_CHECKING:
+            *saw |= SAW_BUSY;
+            break;
         case SLOT_RETIRING:
             break;
         default:
@@ -422,45 +443,104 @@ static bool take_expired_offer(struct pool *pool, uint32_t mask, struct pool_cla
     return false;
 }
 
-static bool take_empty_slot(struct pool *pool, uint32_t slot, struct pool_claim *claim)
+enum empty_taken { EMPTY_TAKEN, EMPTY_NOT /* not empty, or beyond the cap */, EMPTY_NO_PERMIT /* enough is open beyond the cap */ };
+
+static enum empty_taken take_empty_slot(struct pool *pool, uint32_t slot, struct pool_claim *claim)
 {
     struct slot_shm *row = &pool->slab.slots[slot];
     uint64_t word = slot_load(row);
-    if (slot_state(word) != SLOT_EMPTY || !slot_move(row, &word, pool->worker, SLOT_DIALING))
-        return false;
-    *claim = (struct pool_claim){slot, SOURCE_DIAL, word};
-    return true;
+    if (slot_state(word) != SLOT_EMPTY || slot >= steering_cap(&pool->slab) || !slot_move(row, &word, pool->worker, SLOT_DIALING))
+        return EMPTY_NOT;
+    if (SHM_LIKELY(steering_has_permit(&pool->slab, slot))) {
+        *claim = (struct pool_claim){.slot = slot, .source = SOURCE_DIAL, .word = word};
+        return EMPTY_TAKEN;
+    }
+    if (slot_move(row, &word, SHM_NO_WORKER, SLOT_EMPTY))
+        freelist_put(&pool->slab, SHM_EMPTY_LIST, slot);
+    if (steering_has_room(&pool->slab)) /* two that came here at once have both stepped back */
+        waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);
+    return EMPTY_NO_PERMIT;
 }
 
 bool pool_take_empty(struct pool *pool, struct pool_claim *claim)
 {
     int64_t listed;
-    while ((listed = freelist_take(&pool->slab, SHM_EMPTY_LIST, 0)) >= 0)
-        if (take_empty_slot(pool, (uint32_t)listed, claim))
-            return true;
-    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++)
-        if (take_empty_slot(pool, slot, claim))
-            return true;
+    uint32_t bound = steering_bound(&pool->slab);
+    enum empty_taken taken = EMPTY_NOT;
+    while (taken == EMPTY_NOT && (listed = freelist_take(&pool->slab, SHM_EMPTY_LIST, 0)) >= 0)
+        taken = take_empty_slot(pool, (uint32_t)listed, claim);
+    for (uint32_t slot = 0; taken == EMPTY_NOT && slot < bound; slot++)
+        taken = take_empty_slot(pool, slot, claim);
+    return taken == EMPTY_TAKEN;
+}
+
+enum pool_taken pool_take_dial(struct pool *pool, bool waits, struct pool_claim *claim)
+{
+    uint64_t seen, now = clock_now();
+    switch (upstream_ask(&pool->slab, pool->worker, waits, now, &pool->options.backoff, &seen)) {
+    case UPSTREAM_GO:
+        break;
+    case UPSTREAM_WAIT:
+        return TAKEN_NOTHING;
+    case UPSTREAM_NO:
+        return TAKEN_DOWN;
+    }
+    if (!pool_take_empty(pool, claim)) {
+        upstream_untried(&pool->slab, seen, now);
+        return TAKEN_NOTHING;
+    }
+    claim->upstream = seen;
+    return TAKEN_DIAL;
+}
+
+/* A dial that nobody waits for becomes ours to wait for. */
+static bool adopt_dial(struct pool *pool, uint32_t mask, struct pool_claim *claim)
+{
+    for (uint32_t slot = 0; slot < steering_bound(&pool->slab); slot++) {
+        struct slot_shm *row = &pool->slab.slots[slot];
+        uint64_t word = slot_load(row), marked = word;
+        uint32_t wanted = SHM_LOAD(row, row->kind) >> SHM_KIND_WANTED_SHIFT;
+        if (slot_state(word) != SLOT_DIALING || !wanted || (wanted & ~mask) || !SHM_CAS_SEQ(queue, row->mark, &marked, 0))
+            continue;
+        *claim = (struct pool_claim){.slot = slot, .source = SOURCE_DIAL, .word = word};
+        return true;
+    }
     return false;
+}
+
+void pool_announce_dial(struct pool *pool, const struct pool_claim *claim, uint32_t mask, bool orphan)
+{
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    assert(mask && slot_state(claim->word) == SLOT_DIALING);
+    SHM_STORE(row, row->kind, mask << SHM_KIND_WANTED_SHIFT);
+    if (orphan)
+        pool_orphan_dial(pool, claim);
+}
+
+void pool_orphan_dial(struct pool *pool, const struct pool_claim *claim)
+{
+    /* If the dial ends meanwhile, the mark is a word that this slot never has again. */
+    if (slot_load(&pool->slab.slots[claim->slot]) == claim->word)
+        SHM_STORE(hint, pool->slab.slots[claim->slot].mark, claim->word);
 }
 
 /* An idle connection that this get() cannot use, but whose permit it can. */
 static bool take_other(struct pool *pool, uint32_t mask, struct pool_claim *claim)
 {
-    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+    for (uint32_t slot = 0; slot < steering_bound(&pool->slab); slot++) {
         struct slot_shm *row = &pool->slab.slots[slot];
         uint64_t word = slot_load(row);
         uint32_t kind = SHM_LOAD(row, row->kind);
         if (slot_state(word) != SLOT_IDLE || pool_fits(pool, row, kind, mask) ||
             !slot_move(row, &word, pool->worker, SLOT_RETIRING))
             continue;
-        *claim = (struct pool_claim){slot, SOURCE_DIAL, word};
+        *claim = (struct pool_claim){.slot = slot, .source = SOURCE_DIAL, .word = word};
         return true;
     }
     return false;
 }
 
-static enum pool_taken search(struct pool *pool, uint32_t mask, struct pool_claim *claim, unsigned *saw)
+static enum pool_taken search(struct pool *pool, uint32_t mask, const struct waiter_place *place, struct pool_claim *claim, unsigned *saw)
 {
     for (int tries = 0; tries < 4; tries++) {
         *saw = 0;
@@ -473,24 +553,50 @@ static enum pool_taken search(struct pool *pool, uint32_t mask, struct pool_clai
         return TAKEN_DAMAGED;
     if ((*saw & SAW_OFFER) && take_expired_offer(pool, mask, claim))
         return TAKEN_LEASED;
-    if ((*saw & SAW_EMPTY) && pool_take_empty(pool, claim))
-        return TAKEN_DIAL;
-    return TAKEN_NOTHING;
+    if (place && place->dialling)
+        return TAKEN_NOTHING;
+    if (place && (*saw & SAW_DIAL) && adopt_dial(pool, mask, claim))
+        return TAKEN_ADOPTED;
+    enum pool_taken taken = *saw & SAW_EMPTY ? pool_take_dial(pool, place != NULL, claim) : TAKEN_NOTHING;
+    if (taken == TAKEN_DIAL)
+        claim->alone = !(*saw & SAW_BUSY);
+    if (taken == TAKEN_DOWN && place && (*saw & SAW_BUSY))
+        return TAKEN_NOTHING; /* something may be returned */
+    return taken;
+}
+
+/* May this caller have something in the state that the pool is in? */
+static enum pool_taken admit(struct pool *pool, const struct waiter_place *place)
+{
+    switch (steering_now(&pool->slab)) {
+    case SHM_POOL_OPEN:
+        return TAKEN_LEASED;
+    case SHM_POOL_PAUSED:
+        return TAKEN_PAUSED;
+    case SHM_POOL_DRAINING:
+        return place && place->queued ? TAKEN_LEASED : TAKEN_DRAINING;
+    case SHM_POOL_CLOSED:
+        return TAKEN_CLOSED;
+    }
+    return TAKEN_DAMAGED;
 }
 
 enum pool_taken pool_take(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim)
 {
     unsigned saw;
     assert(mask && mask <= WAITER_ANY_BUCKET);
-    if (!pool_is_open(pool))
-        return TAKEN_CLOSED;
+    if (!pool_is_plain(pool)) {
+        enum pool_taken refused = admit(pool, place);
+        if (refused != TAKEN_LEASED)
+            return refused;
+    }
     if ((place && place->queued && take_promised(pool, mask, place, claim)) || pool_take_cached(pool, mask, claim) ||
         take_listed(pool, mask, claim))
         return TAKEN_LEASED;
-    enum pool_taken taken = search(pool, mask, claim, &saw);
-    if (taken == TAKEN_NOTHING && recovery_is_due(pool))
+    enum pool_taken taken = search(pool, mask, place, claim, &saw);
+    if ((taken == TAKEN_NOTHING || taken == TAKEN_DOWN) && recovery_is_due(pool))
         return TAKEN_RECOVER;
-    if (taken == TAKEN_NOTHING && (saw & SAW_OTHER) && take_other(pool, mask, claim))
+    if (taken == TAKEN_NOTHING && (saw & SAW_OTHER) && !(saw & SAW_EMPTY) && take_other(pool, mask, claim))
         return TAKEN_EVICTED;
     return taken;
 }
@@ -525,12 +631,13 @@ uint64_t pool_name_connection(struct pool *pool, struct pool_claim *claim)
 bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool_birth *birth)
 {
     struct slot_shm *row = &pool->slab.slots[claim->slot];
-    uint64_t now = clock_now();
+    uint64_t now = clock_coarse(); /* the clock of leases: they compare their begin with last_used_ns */
     assert(birth->bucket < SHM_BUCKETS);
-    SHM_STORE(row, row->created_ns, now);
+    SHM_STORE(row, row->created_ns, clock_now());
     SHM_STORE(row, row->created_realtime_ns, clock_read(CLOCK_REALTIME));
     SHM_STORE(row, row->last_used_ns, now);
     SHM_STORE(row, row->leased_ns, now);
+    SHM_STORE(row, row->checked_ns, now);
     SHM_STORE(row, row->uses, 0);
     SHM_STORE(row, row->expires_ns, birth->expires_ns);
     SHM_STORE(row, row->private_owner, birth->flags ? pool->worker : SHM_NO_WORKER);
@@ -542,6 +649,8 @@ bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool
     pool_count_total(pool, SHM_T_created, 1);
     if (birth->flags & SHM_KIND_UNMAILED)
         pool_count_total(pool, SHM_T_failed_deposits, 1);
+    if (claim->slot >= steering_cap(&pool->slab)) /* the pool was made smaller meanwhile, by somebody who saw no connection here */
+        steering_condemn(&pool->slab, claim->slot, SHM_LOAD(row, row->connection), SHM_EXPIRES_RESIZED);
     return true;
 }
 
@@ -557,6 +666,7 @@ static void make_empty(struct pool *pool, struct pool_claim *claim)
     freelist_put(&pool->slab, SHM_EMPTY_LIST, claim->slot);
     if (SHM_LOAD_SEQ(queue, pool->slab.header->summary))
         waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);
+    service_slot_emptied(pool);
 }
 
 /* The letter's descriptor, as mailbox_peek. When this process has none left to receive it with, it gives its spare one up for the
@@ -631,12 +741,121 @@ void pool_end(struct pool *pool, struct pool_claim *claims, const int *fds, size
         free(space);
 }
 
+static struct ended *note_ended(struct pool *pool, uint32_t slot, unsigned reason)
+{
+    struct slot_shm *row = &pool->slab.slots[slot];
+    struct ended *note = pool->notes_ended && SHM_LOAD(row, row->created_ns) ? malloc(sizeof *note) : NULL;
+    if (!note)
+        return NULL; /* without memory nobody is told */
+    *note = (struct ended){.connection = SHM_LOAD(row, row->connection), .uses = SHM_LOAD(row, row->uses),
+                           .age_ns = clock_now() - SHM_LOAD(row, row->created_ns), .slot = slot,
+                           .kind = SHM_LOAD(row, row->kind), .reason = reason};
+    for (int i = 0; i < 3; i++)
+        note->peer[i] = SHM_LOAD(row, row->peer[i]);
+    return note;
+}
+
 void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
 {
     assert(slot_state(claim->word) == SLOT_RETIRING);
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    /* The slot of a dial whose process died: its connection never was. */
+    bool was_there = SHM_LOAD(row, row->connection) && !(SHM_LOAD(row, row->kind) >> SHM_KIND_WANTED_SHIFT);
+    struct ended *note = was_there ? note_ended(pool, claim->slot, reason) : NULL;
     mailbox_drain(pool->mailboxes[claim->slot]);
-    pool_count_total(pool, reason, 1);
+    pool_count_total(pool, was_there ? reason : SHM_T_dial_failures, 1);
+    if (reason == SHM_T_closed_broken)
+        upstream_suspect(&pool->slab);
     make_empty(pool, claim);
+    if (!note)
+        return;
+    note->next = atomic_load(&pool->ended);
+    while (!atomic_compare_exchange_weak(&pool->ended, &note->next, note))
+        ;
+}
+
+struct ended *pool_take_ended(struct pool *pool)
+{
+    return atomic_load_explicit(&pool->ended, memory_order_relaxed) ? atomic_exchange(&pool->ended, NULL) : NULL;
+}
+
+unsigned pool_over_reason(struct pool *pool, uint32_t slot)
+{
+    switch (SHM_LOAD(row, pool->slab.slots[slot].expires_ns)) {
+    case SHM_EXPIRES_EVICTED:
+        return SHM_T_closed_evicted;
+    case SHM_EXPIRES_RESIZED:
+        return SHM_T_closed_resized;
+    default:
+        return SHM_T_closed_lifetime;
+    }
+}
+
+unsigned pool_retire_reason(struct pool *pool, uint32_t slot)
+{
+    uint32_t kind = SHM_LOAD(row, pool->slab.slots[slot].kind);
+    enum pool_state state = steering_now(&pool->slab);
+    if (kind & SHM_KIND_ENDING)
+        return pool_over_reason(pool, slot);
+    if ((kind & SHM_KIND_UNMAILED) || (pool->service && (kind & SHM_KIND_PRIVATE)))
+        return SHM_T_closed_letter;
+    if (pool->service && SHM_LOAD(row, pool->slab.slots[slot].expires_ns) <= clock_coarse())
+        return pool_over_reason(pool, slot);
+    return state == SHM_POOL_CLOSED || state == SHM_POOL_DRAINING ? SHM_T_closed_shutdown : SHM_T_closed_idle;
+}
+
+/* ---- counts ---- */
+
+static uint32_t count_states(struct pool *pool, unsigned states)
+{
+    uint32_t found = 0;
+    for (uint32_t slot = 0; slot < steering_bound(&pool->slab); slot++)
+        found += states >> slot_state(slot_load(&pool->slab.slots[slot])) & 1;
+    return found;
+}
+
+uint32_t pool_count_used(struct pool *pool) { return count_states(pool, ~(1u << SLOT_EMPTY)); }
+uint32_t pool_count_idle(struct pool *pool) { return count_states(pool, 1u << SLOT_IDLE | 1u << SLOT_CHECKING); }
+
+/* ---- health checks ---- */
+
+static bool check_is_due(struct pool *pool, struct slot_shm *row, uint64_t now, uint64_t interval_ns, bool only_private)
+{
+    uint64_t used = SHM_LOAD(row, row->last_used_ns), checked = SHM_LOAD(row, row->checked_ns), last = used > checked ? used : checked;
+    bool is_private = SHM_LOAD(row, row->kind) & SHM_KIND_PRIVATE;
+    bool usable = is_private ? SHM_LOAD(row, row->private_owner) == pool->worker : !only_private;
+    return usable && now > last && now - last >= interval_ns;
+}
+
+bool pool_begin_check(struct pool *pool, uint32_t *from, uint64_t interval_ns, bool only_private, struct pool_claim *claim)
+{
+    uint64_t now = clock_now();
+    for (uint32_t slot = *from; slot < steering_bound(&pool->slab); slot++) {
+        struct slot_shm *row = &pool->slab.slots[slot];
+        uint64_t word = slot_load(row);
+        if (slot_state(word) != SLOT_IDLE || !check_is_due(pool, row, now, interval_ns, only_private) ||
+            !slot_move(row, &word, pool->worker, SLOT_CHECKING))
+            continue;
+        SHM_STORE(row, row->checked_ns, now);
+        *claim = (struct pool_claim){.slot = slot, .source = SOURCE_STEAL, .word = word};
+        *from = slot + 1;
+        pool_count_total(pool, SHM_T_health_checks, 1);
+        return true;
+    }
+    return false;
+}
+
+bool pool_end_check(struct pool *pool, struct pool_claim *claim)
+{
+    struct slot_shm *row = &pool->slab.slots[claim->slot];
+    if (!slot_move(row, &claim->word, pool->worker, SLOT_IDLE))
+        return false;
+    freelist_put_idle(&pool->slab, claim->slot);
+    if (SHM_LOAD_SEQ(queue, pool->slab.header->summary))
+        pool_release_late(pool, claim->slot);
+    if (pool->service)
+        service_watch_letter(pool, claim->slot);
+    return true;
 }
 
 /* ---- release ---- */
@@ -658,8 +877,29 @@ static enum pool_released release_and_wake(struct pool *pool, struct pool_claim 
     if (out != LOCAL_CACHE_NONE)
         pool_forget_cached(pool, out);
     waiter_wake_first(&pool->slab, mask);
-    if (!pool_is_open(pool))
+    if (!pool_is_plain(pool))
         pool_release_late(pool, claim->slot);
+    return RELEASED;
+}
+
+/* The state is not OPEN, or was not a moment ago. */
+static enum pool_released release_steered(struct pool *pool, struct pool_claim *claim, uint32_t mask, bool *settled)
+{
+    struct waiter_seen seen;
+    *settled = true;
+    switch (steering_now(&pool->slab)) {
+    case SHM_POOL_PAUSED:
+        return release_and_wake(pool, claim, mask);
+    case SHM_POOL_DRAINING:
+        if (!waiter_first(&pool->slab, mask, &seen))
+            return RELEASE_RETIRE;
+        break;
+    case SHM_POOL_CLOSED:
+        return RELEASE_RETIRE;
+    case SHM_POOL_OPEN:
+        break;
+    }
+    *settled = false;
     return RELEASED;
 }
 
@@ -668,8 +908,12 @@ enum pool_released pool_release_contended(struct pool *pool, struct pool_claim *
     struct slot_shm *row = &pool->slab.slots[claim->slot];
     struct waiter_seen seen;
     uint32_t mask = kind_mask(SHM_LOAD(row, row->kind));
-    if (!pool_is_open(pool))
-        return RELEASE_RETIRE;
+    if (!pool_is_plain(pool)) {
+        bool settled;
+        enum pool_released released = release_steered(pool, claim, mask, &settled);
+        if (settled)
+            return released;
+    }
     if ((SHM_LOAD(row, row->kind) & SHM_KIND_PRIVATE) || !waiter_first(&pool->slab, mask, &seen))
         return release_and_wake(pool, claim, WAITER_ANY_BUCKET); /* its permit is of use to them: they may evict it */
     uint64_t now = clock_now(), since = waiter_since(&pool->slab, &seen);
@@ -690,12 +934,13 @@ void pool_release_late(struct pool *pool, uint32_t slot)
 {
     struct slot_shm *row = &pool->slab.slots[slot];
     struct pool_claim claim = {.slot = slot, .word = slot_load(row)};
-    if (pool_is_open(pool)) {
-        struct waiter_seen seen;
-        uint32_t mask = kind_mask(SHM_LOAD(row, row->kind));
-        bool fits = waiter_first(&pool->slab, mask, &seen);
+    struct waiter_seen seen;
+    uint32_t mask = kind_mask(SHM_LOAD(row, row->kind));
+    bool fits = waiter_first(&pool->slab, mask, &seen);
+    enum pool_state state = steering_now(&pool->slab);
+    if (state == SHM_POOL_OPEN || (state == SHM_POOL_DRAINING && fits))
         waiter_wake_first(&pool->slab, fits ? mask : WAITER_ANY_BUCKET);
-    } else if (slot_state(claim.word) == SLOT_IDLE && pool_condemn(pool, &claim)) {
+    else if (state != SHM_POOL_PAUSED && slot_state(claim.word) == SLOT_IDLE && pool_condemn(pool, &claim)) {
         pool_end(pool, &claim, NULL, 1, CONNECTION_LINGER_NS);
         pool_empty(pool, &claim, SHM_T_closed_shutdown);
     }
@@ -718,7 +963,26 @@ void pool_return_promise(struct pool *pool, int64_t slot)
 
 void pool_shut(struct pool *pool)
 {
-    SHM_STORE(hint, pool->slab.header->state, SHM_POOL_CLOSED);
-    SHM_OR_SEQ(queue, pool->slab.header->summary, SHM_ATTENTION);
-    waiter_wake_all(&pool->slab);
+    steering_state(&pool->slab, SHM_POOL_CLOSED);
+    service_shut(pool);
+}
+
+/* ---- the maintainer ---- */
+
+bool pool_be_maintainer(struct pool *pool)
+{
+    int fd = atomic_load_explicit(&pool->seat->fd, memory_order_acquire);
+    uint64_t now = clock_now(), last = SHM_LOAD(hint, pool->slab.header->maintained_ns);
+    if (fd >= 0 && byte_lock(fd, SHM_MAINTAINER_BYTE)) {
+        SHM_STORE(hint, pool->slab.header->maintained_ns, now);
+        return true;
+    }
+    return fd >= 0 && last && now > last && now - last > MAINTAINER_PATIENCE_NS;
+}
+
+void pool_resign(struct pool *pool)
+{
+    int fd = atomic_load_explicit(&pool->seat->fd, memory_order_acquire);
+    if (fd >= 0)
+        byte_unlock(fd, SHM_MAINTAINER_BYTE);
 }

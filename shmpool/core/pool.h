@@ -3,8 +3,9 @@
  * The handle is private memory: it maps the slab, holds the mailboxes and what this process knows of each connection (entries).
  * Several handles fit into one process (C tests let threads play worker processes).
  *
- * The order of a get (pool_take): local cache -> free-list -> steal by scan -> an offer nobody claimed ->
- * an empty slot (dial) -> recovery of the dead, once more -> retire an idle connection of another kind -> nothing: wait.
+ * The order of a get (pool_take): local cache -> free-list -> steal by scan -> an offer nobody claimed -> a dial under way that
+ * nobody waits for -> an empty slot (dial) -> recovery of the dead, once more -> retire an idle connection of another kind ->
+ * nothing: wait.
  *
  * Threads: all functions may be called by several threads of a process at once. What belongs to a slot (its entry, row and
  * mailbox) is touched only by the thread that holds the slot; ORDER(slot) passes it on.
@@ -20,6 +21,8 @@
 #include "rendezvous.h"
 #include "slot.h"
 #include "stats.h"
+#include "steering.h"
+#include "upstream.h"
 #include "waiter.h"
 #include "worker.h"
 
@@ -32,12 +35,23 @@ struct entry {
     void *socket, *session, *note; /* of module.c */
 };
 
+struct service; /* service.h */
+
 struct pool_options {
     uint32_t local_cache_size;
     uint64_t alive_bypass_ns, idle_timeout_ns;
     uint64_t udp_clear_timeout_ns;
     uint32_t udp_clear_max_packets;
     bool clear_udp_buffer, stats;
+    uint32_t min_connections, max_idle; /* max_idle 0: as many as there are */
+    struct upstream_backoff backoff;
+};
+
+/* A connection that this process has ended, for whoever wants to be told (module.c). */
+struct ended {
+    struct ended *next;
+    uint64_t connection, age_ns, uses, peer[3];
+    uint32_t slot, kind, reason; /* SHM_T_closed_* */
 };
 
 struct pool {
@@ -59,8 +73,11 @@ struct pool {
     /* A thread of ours sweeps; OFD locks do not exclude threads of one process. Taken with acquire, given back with release: the
      * next sweeper sees the seat as the last one left it. Never crosses the process border. */
     atomic_bool recovering;
+    _Atomic(struct ended *) ended; /* what pool_empty() has noted, latest first: pushed by any thread, taken whole */
+    bool notes_ended;
     a64_shm timing_tick;    /* private: when the last sample was taken, and leases since */
     a32_shm timing_count;
+    struct service *service; /* NULL: connections are dialled, not accepted */
     struct local_cache cache;
 };
 
@@ -70,6 +87,8 @@ enum pool_verdict { POOL_OK, POOL_ERRNO, POOL_NO_WORKER, POOL_LOST_DESCRIPTORS, 
  * descriptors over. errno on POOL_ERRNO. After any failure: pool_free. */
 enum pool_verdict pool_create(struct pool *pool, int slab_fd, int listener, const struct slab_layout *layout,
                               const struct slab_identity *who, const struct pool_options *options);
+/* Take the notes of ended connections, latest first; the caller frees each. */
+struct ended *pool_take_ended(struct pool *pool);
 /* Join the pool whose descriptors another process sent; takes the set over, whatever happens. POOL_BAD_SLAB: *why is not SLAB_OK, or the
  * set is not that of the slab (POOL_LOST_DESCRIPTORS). After any failure: pool_free. */
 enum pool_verdict pool_attach(struct pool *pool, struct descriptors *set, const struct pool_options *options, enum slab_verdict *why);
@@ -99,20 +118,24 @@ static inline bool pool_is_settled(const struct pool *pool)
 {
     return SHM_LIKELY(SHM_LOAD_ACQUIRE(private, pool->fork->phase) == FORK_READY);
 }
-static inline bool pool_is_open(const struct pool *pool)
+static inline bool pool_is_open(const struct pool *pool) { return steering_now(&pool->slab) != SHM_POOL_CLOSED; }
+/* Open, and neither paused nor draining. */
+static inline bool pool_is_plain(const struct pool *pool)
 {
     return SHM_LIKELY(!(SHM_LOAD_SEQ(queue, pool->slab.header->summary) & SHM_ATTENTION));
 }
 
 /* ---- get ---- */
 
-enum pool_source { SOURCE_CACHE, SOURCE_FREELIST, SOURCE_STEAL, SOURCE_OFFER, SOURCE_DIAL };
+enum pool_source { SOURCE_CACHE, SOURCE_FREELIST, SOURCE_STEAL, SOURCE_OFFER, SOURCE_DIAL, SOURCE_SPOKE };
 
 /* A slot that this thread holds, and the word to give it back with. */
 struct pool_claim {
     uint32_t slot;
     enum pool_source source;
     uint64_t word;
+    uint64_t upstream; /* DIALING: what upstream_ask() said; of an adopted dial: its word is `word` */
+    bool alone;        /* DIALING: there is no other connection that could come back meanwhile */
 };
 
 enum pool_taken {
@@ -121,7 +144,11 @@ enum pool_taken {
     TAKEN_EVICTED, /* an idle connection of another kind is ours (RETIRING): end it and take again */
     TAKEN_NOTHING, /* every connection is leased, or opening */
     TAKEN_RECOVER, /* nothing, but it is time to look for the dead: recovery_run (blocks, without the GIL), then take again */
+    TAKEN_ADOPTED, /* nothing, but a dial is under way (claim: slot and word) that nobody else waits for: wait */
+    TAKEN_DOWN,    /* nothing, and nobody may dial: the server is down */
+    TAKEN_PAUSED,
     TAKEN_CLOSED,  /* the pool is closed */
+    TAKEN_DRAINING, /* the same for who does not wait already */
     TAKEN_DAMAGED, /* a slot word is in no state that exists */
 };
 
@@ -130,8 +157,23 @@ static inline bool pool_take_cached(struct pool *pool, uint32_t mask, struct poo
 /* Everything else, in the order above; never blocks. `place`: ours when we are queued, else NULL. */
 enum pool_taken pool_take(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim);
 
+/* Only an empty slot, for a dial that the upstream's state allows: TAKEN_DIAL, TAKEN_DOWN or TAKEN_NOTHING. */
+enum pool_taken pool_take_dial(struct pool *pool, bool waits, struct pool_claim *claim);
 /* Only an empty slot: DIALING. */
 bool pool_take_empty(struct pool *pool, struct pool_claim *claim);
+/* DIALING: say for which buckets; `orphan`: nobody waits for it. */
+void pool_announce_dial(struct pool *pool, const struct pool_claim *claim, uint32_t mask, bool orphan);
+/* Whoever began that dial does not wait for it any more: it may be adopted. */
+void pool_orphan_dial(struct pool *pool, const struct pool_claim *claim);
+/* Is that dial still under way, or its connection still in the hands of the dialler? */
+static inline bool pool_dial_goes_on(struct pool *pool, const struct pool_claim *claim)
+{
+    uint64_t word = slot_load(&pool->slab.slots[claim->slot]);
+    return word == claim->word || word == slot_next(claim->word, slot_owner(claim->word), SLOT_LEASED);
+}
+/* Connections there are, or are being opened or closed; those of them that are idle. */
+uint32_t pool_count_used(struct pool *pool);
+uint32_t pool_count_idle(struct pool *pool);
 
 enum pool_condition { CONDITION_GOOD, CONDITION_BROKEN, CONDITION_DIRTY, CONDITION_IDLE, CONDITION_LIFETIME };
 /* The part of validation that needs the descriptor: liveness, stray datagrams. */
@@ -161,6 +203,15 @@ bool pool_condemn(struct pool *pool, struct pool_claim *claim);
 void pool_end(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, uint64_t linger_ns);
 /* RETIRING -> EMPTY: the permit is free. `reason` is a counter SHM_T_closed_*. */
 void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason);
+/* IDLE -> CHECKING: the next idle connection from slot *from on, usable here, that nobody has used or checked for `interval_ns`.
+ * *from is where to go on. `only_private`: of those that nobody but we can use. */
+bool pool_begin_check(struct pool *pool, uint32_t *from, uint64_t interval_ns, bool only_private, struct pool_claim *claim);
+/* CHECKING -> IDLE: it is well. False: not ours any more. */
+bool pool_end_check(struct pool *pool, struct pool_claim *claim);
+/* Why a connection that is ENDING, or past its expiry, ends: SHM_T_closed_*. */
+unsigned pool_over_reason(struct pool *pool, uint32_t slot);
+/* Why RELEASE_RETIRE was the answer. */
+unsigned pool_retire_reason(struct pool *pool, uint32_t slot);
 
 /* ---- release ---- */
 
@@ -178,6 +229,14 @@ void pool_forget_cached(struct pool *pool, uint32_t slot);
 
 /* Nobody gets anything any more; every waiter is woken. */
 void pool_shut(struct pool *pool);
+
+/* ---- the maintainer ---- */
+
+/* Become the one process that looks after the pool for all, or stay it. The kernel ends that with the process; one that has not said for
+ * MAINTAINER_PATIENCE_NS that it is at work (it is stopped, or stuck in a hook) is helped: what it does can be done by two. */
+#define MAINTAINER_PATIENCE_NS UINT64_C(10000000000)
+bool pool_be_maintainer(struct pool *pool);
+void pool_resign(struct pool *pool);
 
 /* ---- inline parts ---- */
 
@@ -237,7 +296,7 @@ static inline enum pool_condition pool_validate(struct pool *pool, uint32_t slot
     uint64_t idle = now > used ? now - used : 0;
     if (SHM_LIKELY(idle < pool->options.alive_bypass_ns && !bucket_is_udp(bucket)))
         return CONDITION_GOOD;
-    if (idle > pool->options.idle_timeout_ns)
+    if (idle > pool->options.idle_timeout_ns && pool_count_used(pool) > pool->options.min_connections)
         return CONDITION_IDLE;
     return pool_check(pool, slot, fd);
 }
@@ -247,11 +306,13 @@ static inline enum pool_released pool_release(struct pool *pool, struct pool_cla
     struct slot_shm *row = &pool->slab.slots[claim->slot];
     if (SHM_UNLIKELY(slot_load(row) != claim->word))
         return RELEASE_STALE;
-    if (SHM_UNLIKELY(SHM_LOAD(row, row->kind) & SHM_KIND_UNMAILED))
-        return RELEASE_RETIRE; /* nobody else could use it, nor end it */
+    if (SHM_UNLIKELY(SHM_LOAD(row, row->kind) & (SHM_KIND_UNMAILED | SHM_KIND_ENDING)))
+        return RELEASE_RETIRE; /* nobody else could use it, nor end it; or it is condemned */
     SHM_STORE(row, row->last_used_ns, now_coarse);
     if (SHM_UNLIKELY(SHM_LOAD_SEQ(queue, pool->slab.header->summary)))
         return pool_release_contended(pool, claim);
+    if (SHM_UNLIKELY(pool->options.max_idle) && pool_count_idle(pool) >= pool->options.max_idle)
+        return RELEASE_RETIRE;
     if (!slot_move(row, &claim->word, pool->worker, SLOT_IDLE))
         return RELEASE_STALE;
     claim->word = 0; /* no state: this claim never fits again */

@@ -5,6 +5,7 @@
 
 #include "connection.h"
 #include "freelist.h"
+#include "service.h"
 
 enum { BATCH = 64 };
 
@@ -37,6 +38,7 @@ static uint32_t sweep_slots(struct pool *pool, uint32_t dead, unsigned states)
     struct pool_claim claims[BATCH];
     uint32_t freed = 0, count = 0;
     pool_count_total(pool, SHM_T_recovered_waiters, waiter_forget(&pool->slab, dead)); /* first: no more offers to the dead */
+    upstream_forget(&pool->slab, dead, clock_now());
     for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
         if (states >> slot_state(slot_load(&pool->slab.slots[slot])) & 1)
             count += take_over(pool, slot, dead, &claims[count]);
@@ -50,7 +52,12 @@ static uint32_t sweep_slots(struct pool *pool, uint32_t dead, unsigned states)
     return freed;
 }
 
-uint32_t recovery_sweep(struct pool *pool, uint32_t dead) { return sweep_slots(pool, dead, ~0u); }
+uint32_t recovery_sweep(struct pool *pool, uint32_t dead)
+{
+    uint32_t freed = sweep_slots(pool, dead, ~0u);
+    service_doubt(&pool->slab); /* it may have died with an event in its hands */
+    return freed;
+}
 
 void recovery_sweep_own(struct pool *pool)
 {

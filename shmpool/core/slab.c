@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "slot.h"
+#include "upstream.h"
 #include "waiter.h"
 
 static uint64_t round_up(uint64_t size, uint64_t unit) { return (size + unit - 1) / unit * unit; }
@@ -88,6 +89,11 @@ void slab_format_new(struct slab *slab, void *base, const struct slab_layout *la
     SHM_STORE(hint, header->next_connection, 1);
     SHM_STORE(hint, header->next_ticket, 1);
     SHM_STORE(hint, header->state, SHM_POOL_OPEN);
+    uint32_t cap = who->cap ? who->cap : layout->max_slots;
+    assert(cap <= layout->max_slots);
+    SHM_STORE(hint, header->cap, cap);
+    SHM_STORE(hint, header->bound, cap);
+    SHM_STORE(hint, header->upstream, UPSTREAM_UNPROVED);
     SHM_STORE(hint, header->listed, 1u << SHM_EMPTY_LIST);
     for (uint32_t i = 0; i < layout->max_workers; i++)
         SHM_STORE(hint, slab->workers[i].state, SHM_WORKER_FREE);
@@ -125,7 +131,7 @@ enum slab_verdict slab_open(struct slab *slab, void *base, uint64_t size)
         !text_ends(header->config, sizeof header->config) || !text_ends(header->rendezvous, sizeof header->rendezvous))
         return SLAB_BAD_TEXT;
     uint32_t state = SHM_LOAD(hint, header->state);
-    if (state != SHM_POOL_OPEN && state != SHM_POOL_CLOSED)
+    if (state < SHM_POOL_OPEN || state > SHM_POOL_DRAINING)
         return SLAB_BAD_STATE;
     slab_point(slab, base, &layout);
     return SLAB_OK;

@@ -1,7 +1,7 @@
 /* slab.h: the byte map of the shared segment, and how it is made, opened and checked.
  *
  *   +-----------------------------+ 0
- *   | header_shm          (4 KiB) |  what the slab is, then the words all processes change
+ *   | header_shm          (8 KiB) |  what the slab is, then the words all processes change
  *   +-----------------------------+ SHM_HEADER_BYTES
  *   | totals_shm                  |  counters and histograms of rare events, of the whole pool
  *   +-----------------------------+ workers_offset
@@ -39,11 +39,12 @@ enum {
     SHM_BUCKETS = 5,                            /* enum bucket */
     SHM_BITMAPS = SHM_BUCKETS + 1,              /* and the list of EMPTY slots */
     SHM_EMPTY_LIST = SHM_BUCKETS,
-    SHM_HEADER_BYTES = 4096,
+    SHM_HEADER_BYTES = 8192,
     SHM_NAME_BYTES = 72,
     SHM_TARGET_BYTES = 256,
-    SHM_CONFIG_BYTES = 2048,
+    SHM_CONFIG_BYTES = 4096,
     SHM_RENDEZVOUS_BYTES = 512,
+    SHM_ERROR_BYTES = 128,
     SHM_HIST_SUB_BITS = 5,                      /* 32 buckets per octave: a bucket is at most 3.1 % wide */
     SHM_HIST_FIRST_OCTAVE = 6,                  /* 64 ns */
     SHM_HIST_OCTAVES = 31,                      /* up to 137 s */
@@ -55,7 +56,7 @@ enum bucket { BUCKET_TCP4, BUCKET_TCP6, BUCKET_UDP4, BUCKET_UDP6, BUCKET_UNIX };
 _Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list");
 
 #define SHM_MAGIC UINT64_C(0x6c6f6f706d687301) /* "\x01shmpool" */
-#define SHM_VERSION UINT32_C(2)
+#define SHM_VERSION UINT32_C(3)
 #define SHM_NO_WORKER UINT32_C(0) /* worker numbers in words are index + 1 */
 
 /* ---- counters: one list yields the enum, the names, the Python side and the table in docs/design.md ---- */
@@ -66,6 +67,7 @@ _Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list
     X(freelist, "leases served from the shared free-list")                                                             \
     X(steals, "leases taken out of another worker's cache by a scan")                                                  \
     X(dials, "leases served by a new connection")                                                                      \
+    X(spoken, "leases of client connections that have spoken again (of a pool that listens)")                          \
     X(handovers, "leases served by a direct hand-over from a releaser")                                                \
     X(waits, "calls that entered the waiter queue")                                                                    \
     X(wait_ns, "nanoseconds spent in the waiter queue")                                                                \
@@ -89,18 +91,25 @@ _Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list
     X(closed_dirty, "retired: unread bytes, or the holder's socket could not be put back")                             \
     X(closed_error, "retired: the lease ended with an exception or discard()")                                         \
     X(closed_leaked, "retired: the lease was dropped without release")                                                 \
-    X(closed_idle, "retired: idle too long")                                                                           \
+    X(closed_idle, "retired: idle too long, or more idle than max_idle_connections")                                   \
     X(closed_lifetime, "retired: too old")                                                                             \
     X(closed_refused, "retired: a hook refused it")                                                                    \
-    X(closed_evicted, "retired: its permit was needed for another kind")                                               \
+    X(closed_evicted, "retired: evict(), or its permit was needed for another kind")                                   \
     X(closed_letter, "retired: its descriptor could not be put into the mailbox, or fetched")                          \
     X(closed_owner_died, "retired: its holder died")                                                                   \
-    X(closed_shutdown, "retired: the pool was closed")                                                                 \
+    X(closed_shutdown, "retired: the pool was closed or drained")                                                      \
+    X(closed_unhealthy, "retired: its health check failed")                                                            \
+    X(closed_resized, "retired: the pool was made smaller")                                                            \
+    X(closed_revoked, "retired: its lease was out for too long")                                                       \
     X(recoveries, "dead workers swept")                                                                                \
     X(recovered_leases, "leases of dead workers taken back")                                                           \
     X(recovered_offers, "offers to dead or late waiters taken back")                                                   \
     X(recovered_waiters, "queue places of dead workers freed")                                                         \
-    X(leaks, "leases dropped without release")
+    X(leaks, "leases dropped without release")                                                                         \
+    X(overdue_leases, "leases reported as out for longer than leak_timeout")                                           \
+    X(health_checks, "checks of idle connections in the background")                                                   \
+    X(health_failures, "such checks that failed")                                                                      \
+    X(late_refusals, "calls that ended with PoolClosed in a process that had given its part back")
 
 #define SHM_COUNTER_ENUM_WORKER(name, text) SHM_W_##name,
 #define SHM_COUNTER_ENUM_TOTAL(name, text) SHM_T_##name,
@@ -126,13 +135,26 @@ struct header_shm {
     uint32_t max_slots;
     uint32_t max_workers;
     uint32_t max_waiters;
-    uint32_t padding_a;
+    uint32_t listening; /* service.h: connections are accepted, not dialled */
     char name[SHM_NAME_BYTES];
     char target[SHM_TARGET_BYTES];
     char config[SHM_CONFIG_BYTES];
     char rendezvous[SHM_RENDEZVOUS_BYTES]; /* path of the socket where newcomers ask; empty: there is none */
     uint64_t listener_inode; /* which socket that is; 0: there is none */
-    uint8_t padding_b[1000];
+    uint8_t padding_b[2792];
+
+    /* what is steered, and what is noted for all; changed seldom, by anyone */
+    _Alignas(64) a32_shm cap; /* slots below this index may open connections; ORDER(cap) in steering.h */
+    a32_shm bound;            /* slots from this index on are EMPTY and have always been; never lowered; ORDER(cap) */
+    a32_shm prewarm_created, prewarm_failed, prewarm_done;
+    a32_shm service_starved;  /* service.h: milliseconds of the clock, never 0; 0: no client waits for a slot */
+    a64_shm service_sweep;    /* service.h */
+    a64_shm service_due_ns;   /* service.h */
+    a64_shm maintained_ns;    /* when the maintainer last said that it is at work (hint) */
+    a64_shm upstream;         /* upstream.h */
+    a64_shm upstream_failures;
+    a64_shm upstream_since_ns; /* when it went down (hint) */
+    a64_shm upstream_error[SHM_ERROR_BYTES / 8]; /* the text of the last failure (hint) */
 
     /* read by every get() and release(): the waiter summary and, in bit 63, "look at `state` first" */
     _Alignas(64) a64_shm summary;
@@ -147,7 +169,8 @@ struct header_shm {
     a32_shm padding_d;
 };
 
-enum pool_state { SHM_POOL_OPEN = 1, SHM_POOL_CLOSED = 2 };
+/* who changes it and when: steering.h */
+enum pool_state { SHM_POOL_OPEN = 1, SHM_POOL_CLOSED = 2, SHM_POOL_PAUSED = 3, SHM_POOL_DRAINING = 4 };
 #define SHM_ATTENTION (UINT64_C(1) << 63)
 
 struct totals_shm {
@@ -187,8 +210,8 @@ struct slot_shm {
     a64_shm last_used_ns; /* release of the last lease; by the holder */
     a64_shm leased_ns;    /* start of the lease or of the offer; by the holder */
     a64_shm uses;         /* leases of this connection; by the holder */
-    a64_shm expires_ns;   /* end of its life, UINT64_MAX when none; by the dialler */
-    a32_shm kind;         /* bucket | flags << 8; by the dialler */
+    a64_shm expires_ns;   /* end of its life, UINT64_MAX when none; by the dialler; SHM_EXPIRES_* by anyone */
+    a32_shm kind;         /* bucket | flags; by the dialler; SHM_KIND_ENDING by anyone */
     a32_shm private_owner; /* worker number that alone can use it, or 0; by the dialler */
     uint8_t padding_a[8];
     /* the cold line */
@@ -196,12 +219,21 @@ struct slot_shm {
     a64_shm created_realtime_ns; /* by the dialler */
     a64_shm peer[3];             /* address and port: slot_peer; by the dialler */
     uint64_t mailbox_inode;      /* which socket is this slot's mailbox; written before publication, then never again */
-    uint8_t padding_b[16];
+    a64_shm mark;                /* the word for which something was said: LEASED: it was reported as overdue; DIALING: nobody waits for it */
+    a64_shm checked_ns;          /* the last check of an idle connection; by the dialler and the checker */
 };
 
-enum { SHM_KIND_PRIVATE = 1 << 8 /* only private_owner can use it */, SHM_KIND_UNMAILED = 1 << 9 /* no letter: ends at its release */ };
+enum {
+    SHM_KIND_PRIVATE = 1 << 8,  /* only private_owner can use it */
+    SHM_KIND_UNMAILED = 1 << 9, /* no letter: ends at its release */
+    SHM_KIND_ENDING = 1 << 10,  /* condemned by steering: ends at its release, or when somebody meets it idle */
+    SHM_KIND_WANTED_SHIFT = 16, /* DIALING: the buckets that are wanted */
+};
+/* expires_ns of a connection that is ENDING: why (no clock shows these) */
+enum { SHM_EXPIRES_EVICTED = 1, SHM_EXPIRES_RESIZED = 2 };
 
 _Static_assert(offsetof(struct header_shm, summary) == SHM_HEADER_BYTES - 128, "the summary has a line of its own");
+_Static_assert(offsetof(struct header_shm, cap) == SHM_HEADER_BYTES - 128 - 256, "what is steered has lines of its own");
 _Static_assert(sizeof(struct header_shm) == SHM_HEADER_BYTES, "header");
 _Static_assert(sizeof(struct totals_shm) == 256 + 2 * 8 * SHM_HIST_BUCKETS, "totals");
 _Static_assert(offsetof(struct worker_shm, counters) == 64, "counters start a line");
@@ -239,6 +271,7 @@ struct slab_identity {
     uint64_t created_realtime_ns;
     uint32_t uid, pid;
     const char *name, *target, *config, *rendezvous;
+    uint32_t cap; /* 0: all slots */
 };
 
 enum slab_verdict { SLAB_OK, SLAB_TOO_SMALL, SLAB_NO_MAGIC, SLAB_FOREIGN_VERSION, SLAB_FOREIGN_FORMAT, SLAB_BAD_SIZES,

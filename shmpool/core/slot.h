@@ -32,11 +32,11 @@
  *   IDLE      LEASED    slot_move      anyone                        take: cache, free-list, steal
  *   IDLE      CHECKING  slot_move      maintenance                   health check
  *   CHECKING  IDLE      slot_move      the checker                   healthy
- *   LEASED, CHECKING, DIALING, IDLE, OFFERED -> RETIRING             holder; recovery; anyone for IDLE
+ *   LEASED, CHECKING, DIALING, IDLE, OFFERED -> RETIRING             holder; recovery; anyone for IDLE, and for a LEASED one
+ *                                                                    whose lease is revoked
  *   RETIRING  RETIRING  slot_move      recovery                      the closer died: its recoverer goes on
  *   RETIRING  EMPTY     slot_move      the closer                    closed; permit free
  *
- * (CHECKING is for the health checks of maintenance, which nothing in this version runs; recovery knows it.)
  * What holds in each state: EMPTY: no letter in the mailbox, no open connection. DIALING, LEASED, CHECKING, RETIRING: only
  * a thread of the owner touches row and mailbox. IDLE: row and letter are whole. OFFERED: as IDLE.
  * The number of slots that are not EMPTY is the number of connections. The state 0 does not exist.

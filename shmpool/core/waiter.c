@@ -38,7 +38,8 @@ bool waiter_enter(struct slab *slab, struct waiter_place *place, uint32_t owner,
         uint64_t word = SHM_LOAD(hint, slab->waiter_words[cell]);
         if (word != WAITER_FREE_WORD || !SHM_CAS_SEQ(queue, slab->waiter_words[cell], &word, wanted))
             continue;
-        *place = (struct waiter_place){true, false, cell, owner, mask, ticket, now};
+        *place = (struct waiter_place){.queued = true, .dialling = place->dialling, .cell = cell, .owner = owner, .mask = mask,
+                                      .ticket = ticket, .since_ns = now};
         SHM_STORE(hint, slab->waiters[cell].since_ns, now);
         SHM_STORE(hint, slab->waiters[cell].tid, tid);
         waiter_prepare(slab, place);

@@ -80,6 +80,7 @@ enum waiter_futex { WAITER_ASLEEP = 0, WAITER_WOKEN = 1, WAITER_PATIENT = 2 /* a
 struct waiter_place {
     bool queued;
     bool patient;
+    bool dialling; /* a dial is under way for this caller (pool.h): it takes no empty slot */
     uint32_t cell;
     uint32_t owner, mask, ticket;
     uint64_t since_ns;

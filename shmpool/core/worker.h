@@ -26,6 +26,7 @@
 
 #define SHM_FAMILY_BYTE (INT64_C(1) << 20)
 #define SHM_REMOVER_BYTE (SHM_FAMILY_BYTE + 1) /* segment.h */
+#define SHM_MAINTAINER_BYTE (SHM_FAMILY_BYTE + 2) /* pool_be_maintainer() */
 enum { SHM_PATH_BYTES = 160 }; /* of a segment's path */
 
 /* A descriptor that a forked child must close. Nodes are never freed: the atfork handler may walk them at any moment. */
@@ -42,6 +43,7 @@ struct seat {
 enum fork_phase { FORK_WIPED = 0, FORK_CHANGING = 1, FORK_READY = 2, FORK_PARENT = 3 };
 struct fork_page {
     a32_shm phase;
+    a32_shm service_users; /* threads of this process in service_next() (service.h) */
 };
 
 /* What a fork() must not meet half done: forks of other threads wait from hold to release, some milliseconds at most. Between them this

@@ -5,6 +5,7 @@
  *   ended    a survivor recovers: twice is once, every slot can be leased once, no place in queue or table is lost. For each
  *            state of the slab that was not seen before the recovery itself is ended at each step j, and then done by another.
  *   stopped  whatever is idle, empty or offered is had by others, who never wait for the stopped one; it is then killed, and as above.
+ * What was left half done (a pause, a smaller cap) is done again by a survivor, and is then whole.
  *
  *   crash [OPERATION|all|I/N] [ended|stopped|both]     I/N: the operations I, I + N, I + 2N, ...
  *
@@ -15,6 +16,7 @@
 
 #include "play.h"
 
+#define HOUR_NS (UINT64_C(3600) * 1000 * PLAY_MS)
 enum { SLOTS = 3, WORKERS = 6, WAITERS = 3, SEEN = 1 << 16 };
 
 /* ---- steps ---- */
@@ -54,9 +56,10 @@ struct operation {
     void (*prepare)(void); /* by the survivor, before the fork */
     void (*begin)(void);   /* by the child, registered, before steps count */
     void (*act)(void);     /* the steps that count */
+    void (*again)(void);   /* by the survivor, after the recovery; may be NULL */
 };
 
-static struct pool_claim mine;
+static struct pool_claim mine, thirds;
 static struct waiter_place place;
 
 static void nothing(void) {}
@@ -102,6 +105,54 @@ static void somebody_died(void)
     CHECK_EQ(play_release(third, &claim), RELEASED); /* offered to it */
     CHECK(pool_take_empty(dead, &claim));
     play_die(dead);
+}
+
+/* A dial has failed, and the time of the next has come. */
+static void server_is_down(void)
+{
+    CHECK_EQ(pool_take_dial(third, true, &thirds), TAKEN_DIAL);
+    play_fail_dial(third, &thirds);
+    put_forward_ns += PLAY_LAST_STEP_NS;
+}
+
+static void third_dials_for_nobody(void)
+{
+    CHECK_EQ(pool_take_dial(third, true, &thirds), TAKEN_DIAL);
+    pool_announce_dial(third, &thirds, PLAY_ANY, true);
+}
+
+static void third_holds_all(void)
+{
+    for (int i = 0; i < SLOTS; i++)
+        thirds = play_lease(third);
+}
+
+static void all_idle_for_long(void)
+{
+    all_idle();
+    put_forward_ns += 1000 * PLAY_MS;
+}
+
+/* Some are leased and some idle, on both sides of what the cap will be. */
+static void half_leased_by_third(void)
+{
+    struct pool_claim claims[SLOTS];
+    for (int i = 0; i < SLOTS; i++)
+        claims[i] = play_lease(third);
+    CHECK_EQ(play_release(third, &claims[0]), RELEASED);
+    CHECK_EQ(play_release(third, &claims[SLOTS - 1]), RELEASED);
+}
+
+static void small_and_leased_by_third(void)
+{
+    third_holds_all();
+    steering_resize(&pool->slab, 1);
+}
+
+static void is_paused(void)
+{
+    third_waits_briefly();
+    CHECK(steering_state(&pool->slab, SHM_POOL_PAUSED));
 }
 
 static void holds_one(void)
@@ -197,6 +248,143 @@ static void act_close(void)
     while (play_take_idle(pool, &mine))
         play_retire(pool, &mine, SHM_T_closed_shutdown);
 }
+static void dial(void)
+{
+    CHECK_EQ(pool_take_dial(pool, true, &mine), TAKEN_DIAL);
+    pool_announce_dial(pool, &mine, PLAY_ANY, false);
+}
+static void act_dial_fails(void)
+{
+    dial();
+    pool_name_connection(pool, &mine);
+    play_fail_dial(pool, &mine);
+}
+static void act_dial_interrupted(void)
+{
+    dial();
+    upstream_untried(&pool->slab, mine.upstream, clock_now());
+    pool_abandon(pool, &mine);
+}
+static void act_dial_succeeds(void)
+{
+    dial();
+    CHECK(play_install(pool, &mine));
+    CHECK_EQ(play_release(pool, &mine), RELEASED);
+}
+/* A dial goes on, and its caller leaves the queue before it is done. */
+static void act_orphan(void)
+{
+    dial();
+    place = (struct waiter_place){.dialling = true};
+    CHECK(waiter_enter(&pool->slab, &place, pool->worker, PLAY_ANY, 1, clock_now()));
+    pool_orphan_dial(pool, &mine);
+    play_leave_queue(pool, &place);
+    CHECK(play_install(pool, &mine));
+    CHECK_EQ(play_release(pool, &mine), RELEASED);
+}
+static void act_adopt(void)
+{
+    place = (struct waiter_place){0};
+    CHECK_EQ(play_take(pool, PLAY_ANY, &place, &mine), TAKEN_ADOPTED);
+    place.dialling = true;
+    CHECK(waiter_enter(&pool->slab, &place, pool->worker, PLAY_ANY, 1, clock_now()));
+    pool_orphan_dial(pool, &mine);
+    play_leave_queue(pool, &place);
+}
+static void act_check_well(void)
+{
+    for (uint32_t from = 0; pool_begin_check(pool, &from, PLAY_MS, false, &mine);)
+        CHECK(pool_end_check(pool, &mine));
+}
+static void act_check_ill(void)
+{
+    for (uint32_t from = 0; pool_begin_check(pool, &from, PLAY_MS, false, &mine);) {
+        CHECK(pool_condemn(pool, &mine));
+        play_retire(pool, &mine, SHM_T_closed_unhealthy);
+    }
+}
+static void act_revoke(void)
+{
+    mine = thirds;
+    CHECK(pool_condemn(pool, &mine));
+    play_retire(pool, &mine, SHM_T_closed_revoked);
+}
+static void act_shrink(void) { steering_resize(&pool->slab, 1); }
+static void act_grow(void) { steering_resize(&pool->slab, SLOTS); }
+static void act_evict(void) { steering_evict(&pool->slab, 0, "", 0, true); }
+static void act_pause(void) { steering_state(&pool->slab, SHM_POOL_PAUSED); }
+static void act_resume(void) { steering_state(&pool->slab, SHM_POOL_OPEN); }
+static void act_drain(void)
+{
+    steering_state(&pool->slab, SHM_POOL_DRAINING);
+    while (play_take_idle(pool, &mine))
+        play_retire(pool, &mine, SHM_T_closed_shutdown);
+}
+static void act_maintain(void)
+{
+    CHECK(pool_be_maintainer(pool));
+    pool_resign(pool);
+    CHECK(pool_be_maintainer(pool));
+}
+
+/* ---- and again, by the survivor ---- */
+
+static void third_ends_its_dial(void)
+{
+    CHECK(play_install(third, &thirds));
+    CHECK_EQ(play_release(third, &thirds), RELEASED);
+}
+/* Its lease may be gone; it knows nothing of that. */
+static void third_returns(void) { play_release(third, &thirds); }
+
+static void resume_again(void)
+{
+    act_resume();
+    CHECK(pool_is_plain(pool));
+}
+static void pause_again(void)
+{
+    struct pool_claim claim;
+    act_pause();
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_PAUSED);
+    resume_again();
+}
+static void drain_again(void)
+{
+    struct pool_claim claim;
+    act_drain();
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_DRAINING);
+    resume_again();
+}
+static void close_again(void)
+{
+    pool_shut(pool);
+    CHECK(!pool_is_open(pool));
+}
+/* What is idle beyond the cap ends where it is met; what is leased there, at its return. */
+static void shrink_again(void)
+{
+    struct pool_claim claim;
+    act_shrink();
+    pool_leave(third);
+    while (play_try(pool, &claim) && claim.slot)
+        CHECK_EQ(play_release(pool, &claim), RELEASE_RETIRE);
+    CHECK_EQ(play_release(pool, &claim), RELEASED);
+    CHECK_EQ(play_count(pool, SLOT_EMPTY), SLOTS - 1);
+}
+static void grow_again(void)
+{
+    act_grow();
+    CHECK_EQ(steering_cap(&pool->slab), SLOTS);
+}
+static void maintain_again(void)
+{
+    CHECK(pool_be_maintainer(pool));
+    CHECK(!pool_be_maintainer(third));
+    pool_resign(pool);
+    CHECK(pool_be_maintainer(third));
+}
+
 static void act_everything(void)
 {
     act_register();
@@ -210,37 +398,58 @@ static void act_everything(void)
 }
 
 static const struct operation operations[] = {
-    {"take-cached", nothing, queued, act_take},
-    {"take-listed-or-steal", all_idle, registered, act_take},
-    {"dial", nothing, registered, act_take},
-    {"dial-and-abandon", nothing, registered, act_dial_and_abandon},
-    {"take-the-last", one_empty_leased_by_third, registered, act_take_dead_or_alive},
-    {"release", nothing, holds_one, act_release},
-    {"release-handover", third_waits_long, holds_one, act_release},
-    {"release-wake", third_waits_briefly, holds_one, act_release},
-    {"retire", all_idle, holds_one, act_retire},
-    {"retire-of-all", third_waits_long, holds_all, act_retire},
-    {"enter-and-leave", nothing, registered, act_enter_and_leave},
-    {"leave-queue-promised", all_idle, promised, act_leave_queue},
-    {"claim-promise", all_idle, promised, act_claim_promise},
-    {"rematch", all_idle, promised, act_rematch},
-    {"rematch-in-vain", all_idle, promised_in_vain, act_rematch},
-    {"take-expired-offer", somebody_died, registered, act_expired_offer},
-    {"recover", somebody_died, registered, act_recover},
-    {"register", nothing, nothing, act_register},
-    {"register-on-the-dead", somebody_died, nothing, act_register},
-    {"leave", third_waits_long, holds_all, act_leave},
-    {"leave-private", nothing, has_private, act_leave},
-    {"close", third_waits_long, holds_one, act_close},
-    {"everything", nothing, nothing, act_everything},
+    {"take-cached", nothing, queued, act_take, NULL},
+    {"take-listed-or-steal", all_idle, registered, act_take, NULL},
+    {"dial", nothing, registered, act_take, NULL},
+    {"dial-and-abandon", nothing, registered, act_dial_and_abandon, NULL},
+    {"take-the-last", one_empty_leased_by_third, registered, act_take_dead_or_alive, NULL},
+    {"release", nothing, holds_one, act_release, NULL},
+    {"release-handover", third_waits_long, holds_one, act_release, NULL},
+    {"release-wake", third_waits_briefly, holds_one, act_release, NULL},
+    {"retire", all_idle, holds_one, act_retire, NULL},
+    {"retire-of-all", third_waits_long, holds_all, act_retire, NULL},
+    {"enter-and-leave", nothing, registered, act_enter_and_leave, NULL},
+    {"leave-queue-promised", all_idle, promised, act_leave_queue, NULL},
+    {"claim-promise", all_idle, promised, act_claim_promise, NULL},
+    {"rematch", all_idle, promised, act_rematch, NULL},
+    {"rematch-in-vain", all_idle, promised_in_vain, act_rematch, NULL},
+    {"take-expired-offer", somebody_died, registered, act_expired_offer, NULL},
+    {"recover", somebody_died, registered, act_recover, NULL},
+    {"register", nothing, nothing, act_register, NULL},
+    {"register-on-the-dead", somebody_died, nothing, act_register, NULL},
+    {"leave", third_waits_long, holds_all, act_leave, NULL},
+    {"leave-private", nothing, has_private, act_leave, NULL},
+    {"close", third_waits_long, holds_one, act_close, close_again},
+    {"everything", nothing, nothing, act_everything, NULL},
+    {"dial-fails", nothing, registered, act_dial_fails, NULL},
+    {"dial-interrupted", nothing, registered, act_dial_interrupted, NULL},
+    {"probe-succeeds", server_is_down, registered, act_dial_succeeds, NULL},
+    {"probe-fails", server_is_down, registered, act_dial_fails, NULL},
+    {"probe-interrupted", server_is_down, registered, act_dial_interrupted, NULL},
+    {"orphan", nothing, registered, act_orphan, NULL},
+    {"adopt", third_dials_for_nobody, registered, act_adopt, third_ends_its_dial},
+    {"check-well", all_idle_for_long, registered, act_check_well, NULL},
+    {"check-ill", all_idle_for_long, registered, act_check_ill, NULL},
+    {"revoke", third_holds_all, registered, act_revoke, third_returns},
+    {"shrink", half_leased_by_third, registered, act_shrink, shrink_again},
+    {"grow", small_and_leased_by_third, registered, act_grow, grow_again},
+    {"evict", half_leased_by_third, registered, act_evict, NULL},
+    {"pause", third_waits_briefly, registered, act_pause, pause_again},
+    {"resume", is_paused, registered, act_resume, resume_again},
+    {"drain", half_leased_by_third, registered, act_drain, drain_again},
+    {"maintain", nothing, registered, act_maintain, maintain_again},
 };
 
 /* ---- what is left ---- */
 
-static void begin(const struct operation *operation)
+static const struct operation *operation;
+
+/* `patience_ns`: how long a prober is waited for that may be dead. */
+static void begin(uint64_t patience_ns)
 {
     put_forward_ns = 0;
     pool = play_found(SLOTS, WORKERS, WAITERS, 1);
+    pool->options.backoff.patience_ns = patience_ns;
     third = play_join(pool);
     dead = play_join(pool);
     operation->prepare();
@@ -276,7 +485,7 @@ static int child(void (*first)(void), void (*act)(void), unsigned k, int by, pid
 
 static bool was_done(int status) { return WIFEXITED(status) && WEXITSTATUS(status) == 0; }
 
-static void check_status(const struct operation *operation, unsigned k, int status)
+static void check_status(unsigned k, int status)
 {
     if (was_done(status) || (WIFEXITED(status) && WEXITSTATUS(status) == 77) || (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) ||
         WIFSTOPPED(status))
@@ -296,6 +505,9 @@ static void check_whole(void)
     CHECK_EQ(recovery_run(pool, true), 0);
     for (uint32_t i = 0; i < SLOTS; i++)
         CHECK_EQ(play_word(pool, i), words[i]);
+    put_forward_ns += PLAY_MS; /* the time of the next dial is one of whole milliseconds */
+    if (operation->again)
+        operation->again();
     if (third->worker && place.queued && place.owner == third->worker)
         play_leave_queue(third, &place);
     play_check_queue_empty(pool);
@@ -324,6 +536,7 @@ static uint64_t fingerprint(void)
         MIX(slab->slots[i].word & ((1 << SLOT_SEQUENCE_SHIFT) - 1));
         MIX(slab->slots[i].kind);
         MIX(slab->slots[i].connection != 0);
+        MIX(slab->slots[i].mark == slab->slots[i].word);
     }
     for (uint32_t i = 0; i < WAITERS; i++)
         MIX(slab->waiter_words[i] & ((UINT64_C(1) << WAITER_TICKET_SHIFT) - 1));
@@ -332,6 +545,9 @@ static uint64_t fingerprint(void)
     for (uint32_t i = 0; i < SHM_BITMAPS * slab->layout.bitmap_words; i++)
         MIX(slab->bitmaps[i]);
     MIX(slab->header->summary);
+    MIX(slab->header->state);
+    MIX(slab->header->cap);
+    MIX(slab->header->upstream & ((1 << UPSTREAM_RETRY_SHIFT) - 1));
     return sum;
 }
 
@@ -346,38 +562,49 @@ static bool is_new(uint64_t sum)
     return fresh;
 }
 
+/* Idle or offered, and not condemned. */
+static unsigned count_kept(void)
+{
+    unsigned kept = 0;
+    for (uint32_t i = 0; i < SLOTS; i++)
+        kept += (play_state(pool, i) == SLOT_IDLE || play_state(pool, i) == SLOT_OFFERED) && pool->slab.slots[i].expires_ns > clock_now();
+    return kept;
+}
+
 /* What others can have while one is stopped: all that is idle, empty or offered. */
 static void check_others_go_on(void)
 {
     struct pool_claim claims[SLOTS];
-    unsigned reachable = play_count(pool, SLOT_IDLE) + play_count(pool, SLOT_EMPTY) + play_count(pool, SLOT_OFFERED), got = 0;
+    unsigned reachable, got = 0, cap = steering_cap(&pool->slab), used = SLOTS - play_count(pool, SLOT_EMPTY);
+    steering_state(&pool->slab, SHM_POOL_OPEN);
     if (!pool_is_open(pool))
         return;
+    reachable = count_kept() + (used < cap ? cap - used : 0);
     put_forward_ns += 1000 * PLAY_MS;
     while (got < SLOTS && play_try(pool, &claims[got]))
         got++;
     CHECK(got >= reachable);
     for (unsigned i = 0; i < got; i++)
-        CHECK_EQ(play_release(pool, &claims[i]), RELEASED);
+        CHECK(play_release(pool, &claims[i]) != RELEASE_STALE);
 }
 
-static unsigned end_at_each_step(const struct operation *operation)
+static unsigned end_at_each_step(void)
 {
     unsigned runs = 0;
     memset(seen, 0, sizeof seen);
     for (unsigned k = 1;; k++) {
-        begin(operation);
+        begin(HOUR_NS);
         int by = k % 2 ? 0 : SIGKILL, status = child(operation->begin, operation->act, k, by, NULL);
-        check_status(operation, k, status);
+        check_status(k, status);
         bool fresh = !was_done(status) && is_new(fingerprint());
         check_whole();
         finish();
         runs++;
         for (unsigned j = 1; fresh; j++) { /* once more for each j, with a recovery that ends there */
-            begin(operation);
+            begin(HOUR_NS);
             child(operation->begin, operation->act, k, by, NULL);
             int recovered = child(registered, act_recover, j, j % 2 ? 0 : SIGKILL, NULL);
-            check_status(operation, k, recovered);
+            check_status(k, recovered);
             check_whole();
             finish();
             runs++;
@@ -389,13 +616,13 @@ static unsigned end_at_each_step(const struct operation *operation)
     }
 }
 
-static unsigned stop_at_each_step(const struct operation *operation)
+static unsigned stop_at_each_step(void)
 {
     for (unsigned k = 1;; k++) {
         pid_t stopped;
-        begin(operation);
+        begin(PLAY_PATIENCE_NS);
         int status = child(operation->begin, operation->act, k, SIGSTOP, &stopped);
-        check_status(operation, k, status);
+        check_status(k, status);
         check_others_go_on();
         if (stopped) {
             CHECK(kill(stopped, SIGKILL) == 0);
@@ -418,13 +645,14 @@ int main(int argc, char **argv)
         if (by_part ? i % parts != part : strcmp(wanted, "all") && strcmp(wanted, operations[i].name))
             continue;
         any = true;
-        printf("%-22s", operations[i].name);
+        operation = &operations[i];
+        printf("%-22s", operation->name);
         fflush(stdout);
         if (strcmp(how, "stopped"))
-            printf(" ended in %u runs", end_at_each_step(&operations[i]));
+            printf(" ended in %u runs", end_at_each_step());
         fflush(stdout);
         if (strcmp(how, "ended"))
-            printf(" stopped at %u steps", stop_at_each_step(&operations[i]) - 1);
+            printf(" stopped at %u steps", stop_at_each_step() - 1);
         printf("\n");
         fflush(stdout);
     }

@@ -48,8 +48,14 @@ struct scenario {
     void (*prepare)(void);
     void (*bodies[FIBERS])(void);
     void (*after)(void);
-    bool closes;
-    bool one_process; /* the first two fibers are threads of one process, which die together or not at all */
+    unsigned flags;
+    uint32_t cap; /* 0: all slots */
+};
+enum {
+    CLOSES = 1,      /* a return may end the connection; at the end there is none */
+    ONE_PROCESS = 2, /* the first two fibers are threads of one process, which die together or not at all */
+    STEERS = 4,      /* looks at the cap are steps too; a return may end the connection */
+    BY_TIME = 8,     /* what some wait for is that time passes */
 };
 
 static const struct scenario *scenario;
@@ -70,6 +76,8 @@ static int holder[SLOTS]; /* fiber + 1 */
 static struct pool_claim old[32];
 static unsigned old_count;
 static unsigned twins_released;
+static bool paused;                     /* somebody has paused the pool, and not begun to resume it */
+static unsigned pauses, shrunk, opened; /* how often; the cap once resize() is done, 0 before; connections there are */
 
 /* ---- failing ---- */
 
@@ -150,12 +158,16 @@ static void time_out(struct fiber *fiber)
 /* Is there anything a waiter could have? */
 static bool free_in_reach(void)
 {
+    uint32_t empty = 0;
+    if (atomic_load(&checker->slab.header->state) != SHM_POOL_OPEN)
+        return false;
     for (uint32_t slot = 0; slot < scenario->slots; slot++) {
         enum slot_state state = play_state(checker, slot);
-        if (state == SLOT_IDLE || state == SLOT_EMPTY || state == SLOT_OFFERED)
+        if (state == SLOT_IDLE || state == SLOT_OFFERED)
             return true;
+        empty += state == SLOT_EMPTY;
     }
-    return false;
+    return scenario->slots - empty < atomic_load(&checker->slab.header->cap);
 }
 
 /* Those who were woken in vain and asked not to be woken again soon sleep less than a slice. */
@@ -182,12 +194,12 @@ static bool end_slices(void)
         return false;
     if (end_patience())
         return true;
-    if (!used.kills && !used.stops) {
+    if (!used.kills && !used.stops && !(scenario->flags & BY_TIME)) {
         fprintf(stderr, "interleave: %u asleep for ever%s\n", asleep, free_in_reach() ? ", beside a free slot" : "");
         tell_choices();
         _exit(1);
     }
-    if (++rounds > ROUNDS) {
+    if (++rounds > (scenario->flags & BY_TIME ? 5 * ROUNDS : ROUNDS)) {
         if (free_in_reach()) {
             fprintf(stderr, "interleave: %u cannot have the slot that is free\n", asleep);
             tell_choices();
@@ -267,10 +279,64 @@ static void step(const char *tag)
     yield_for_good();
 }
 
-/* Steps on private words, counters and rows are of no weight to the others; "lock" and "use" are ours. */
+/* ---- what may never happen, whatever the order: looked at between any two steps ---- */
+
+static uint64_t upstream_before;
+static uint32_t state_before, bound_before;
+
+/* The table of upstream.h. A time that has come is one of the clock, which only goes on. */
+static bool upstream_may_become(uint64_t before, uint64_t after)
+{
+    uint32_t step = upstream_step(before), next = upstream_step(after);
+    bool due = now_ns >= upstream_retry_ns(before);
+    switch (upstream_state(after)) {
+    case UPSTREAM_UP:
+        return true;
+    case UPSTREAM_UNPROVED:
+        return !upstream_is_down(before);
+    case UPSTREAM_PROBING:
+        return upstream_is_down(before) && due && next == step;
+    case UPSTREAM_DOWN:
+        return upstream_state(before) == UPSTREAM_PROBING ? next == step || next == step + 1
+                                                          : !upstream_is_down(before) && next == 1;
+    default:
+        return false;
+    }
+}
+
+static void watch(void)
+{
+    const struct header_shm *header = checker->slab.header;
+    uint64_t upstream = atomic_load_explicit(&header->upstream, memory_order_relaxed);
+    uint32_t state = atomic_load_explicit(&header->state, memory_order_relaxed);
+    uint32_t bound = atomic_load_explicit(&header->bound, memory_order_relaxed);
+    CHECK(upstream == upstream_before || upstream_may_become(upstream_before, upstream));
+    CHECK(state == state_before || state_before != SHM_POOL_CLOSED);
+    CHECK(bound >= bound_before && atomic_load_explicit(&header->cap, memory_order_relaxed) <= bound);
+    upstream_before = upstream;
+    state_before = state;
+    bound_before = bound;
+}
+
+/* Slot, queue, offer, futex, worker, upstream; "lock" and "use" are ours. Steps on private words, hints, counters and rows are of no
+ * weight to the others. */
+static bool is_step(const char *tag)
+{
+    static const char weighty[] = "sl qu of fu wo up lo us";
+    if (tag[0] == 'c')
+        return (scenario->flags & STEERS) && tag[1] == 'a';
+    for (const char *of = weighty; of < weighty + sizeof weighty; of += 3)
+        if (of[0] == tag[0] && of[1] == tag[1])
+            return true;
+    return false;
+}
+
 void shmpool_hook(const char *tag)
 {
-    if (running && (strchr("sqofwlu", tag[0]) && strcmp(tag, "freelist")))
+    if (!running)
+        return;
+    watch();
+    if (is_step(tag))
         step(tag);
 }
 
@@ -359,11 +425,17 @@ void seat_close(struct seat *seat)
 /* A number that was closed may be another file's by now. */
 static void check_open(int fd) { CHECK(fd < SEATS && (fd <= 0 || seat_is_open[fd])); }
 
+static int64_t place_of(int64_t byte)
+{
+    CHECK(byte < BYTES - 1 || byte == SHM_MAINTAINER_BYTE);
+    return byte < BYTES - 1 ? byte : BYTES - 1;
+}
+
 bool byte_lock(int fd, int64_t byte)
 {
     shmpool_hook("lock");
     check_open(fd);
-    CHECK(byte < BYTES);
+    byte = place_of(byte);
     if (fd <= 0 || (lock_of[byte] && lock_of[byte] != fd))
         return false;
     lock_of[byte] = fd;
@@ -374,6 +446,7 @@ void byte_unlock(int fd, int64_t byte)
 {
     shmpool_hook("lock");
     check_open(fd);
+    byte = place_of(byte);
     CHECK_EQ(lock_of[byte], fd);
     lock_of[byte] = 0;
 }
@@ -382,6 +455,7 @@ bool byte_is_locked(int fd, int64_t byte)
 {
     shmpool_hook("lock");
     check_open(fd);
+    byte = place_of(byte);
     return lock_of[byte] && lock_of[byte] != fd;
 }
 
@@ -404,6 +478,7 @@ static uint8_t *saved_slab;
 static uint64_t saved_now_ns;
 static int saved_locks[BYTES], saved_holder[SLOTS], saved_next_seat;
 static bool saved_open[SEATS];
+static unsigned saved_opened;
 static struct fiber saved_fibers[FIBERS];
 
 static void entry_point(void)
@@ -419,8 +494,8 @@ static struct pool *player(unsigned i) { return i < FIBERS ? fibers[i].pool : ch
 static void copy_slab(uint8_t *to, const uint8_t *from)
 {
     const struct slab_layout *layout = &checker->slab.layout;
-    size_t summary = offsetof(struct header_shm, summary);
-    memcpy(to + summary, from + summary, SHM_HEADER_BYTES - summary);
+    size_t changing = offsetof(struct header_shm, cap);
+    memcpy(to + changing, from + changing, SHM_HEADER_BYTES - changing);
     memcpy(to + layout->totals_offset, from + layout->totals_offset, 256);
     for (uint32_t i = 0; i < layout->max_workers; i++) {
         size_t row = layout->workers_offset + i * sizeof(struct worker_shm);
@@ -445,6 +520,7 @@ static void save(void)
     memcpy(saved_locks, lock_of, sizeof lock_of);
     memcpy(saved_open, seat_is_open, sizeof seat_is_open);
     saved_next_seat = next_seat;
+    saved_opened = opened;
     memcpy(saved_holder, holder, sizeof holder);
     for (unsigned i = 0; i < FIBERS; i++) {
         saved_fibers[i].has = fibers[i].has;
@@ -468,8 +544,13 @@ static void restore(void)
     memcpy(holder, saved_holder, sizeof holder);
     now_ns = saved_now_ns;
     atomic_store(&checker->slab.header->recovery_checked_ns, now_ns);
-    depth = steps = rounds = old_count = twins_released = 0;
+    depth = steps = rounds = old_count = twins_released = pauses = shrunk = 0;
+    paused = false;
+    opened = saved_opened;
     used = (struct bounds){0};
+    upstream_before = atomic_load(&checker->slab.header->upstream);
+    state_before = atomic_load(&checker->slab.header->state);
+    bound_before = atomic_load(&checker->slab.header->bound);
     for (unsigned i = 0; i < scenario->fibers; i++) {
         struct fiber *fiber = &fibers[i];
         fiber->state = READY;
@@ -497,15 +578,18 @@ static void look_at_the_end(void)
             gone++;
         } else if (fiber->has) {
             holder[fiber->claim.slot] = 0;
-            CHECK_EQ(play_release(fiber->pool, &fiber->claim), RELEASED);
+            CHECK(play_release(fiber->pool, &fiber->claim) != RELEASE_STALE);
         }
     }
     now_ns += 1000 * PLAY_MS;
     recovery_run(checker, true);
+    now_ns += PLAY_MS; /* the time of the next dial is one of whole milliseconds */
+    steering_resize(&checker->slab, steering_cap(&checker->slab)); /* who was at it may be dead */
+    steering_state(&checker->slab, SHM_POOL_OPEN); /* who would have opened it again may be dead */
     for (unsigned i = 0; i < old_count; i++)
         CHECK_EQ(pool_release(checker, &old[i], now_ns), RELEASE_STALE);
     play_check_queue_empty(checker);
-    if (!scenario->closes)
+    if (!(scenario->flags & CLOSES))
         play_lease_all(checker);
     else if (!gone)
         CHECK_EQ(play_count(checker, SLOT_EMPTY), scenario->slots);
@@ -566,7 +650,9 @@ static void hold(const struct pool_claim *claim)
 static enum play_got get(uint64_t timeout_ns)
 {
     struct pool_claim claim;
+    unsigned begun = paused ? pauses : 0;
     enum play_got got = play_get_any(current->pool, PLAY_ANY, timeout_ns, &claim);
+    CHECK(got != PLAY_GOT || !begun || begun != pauses || !paused); /* nobody gets anything in a pause */
     if (got == PLAY_GOT)
         hold(&claim);
     return got;
@@ -581,7 +667,7 @@ static void give(void)
     CHECK(old_count < 32);
     old[old_count++] = claim;
     enum pool_released released = play_release(current->pool, &claim);
-    CHECK(released == RELEASED || (scenario->closes && released == RELEASE_RETIRE));
+    CHECK(released == RELEASED || ((scenario->flags & (CLOSES | STEERS)) && released == RELEASE_RETIRE));
 }
 
 static void body_lease(void)
@@ -645,6 +731,150 @@ static void body_close(void)
     while (play_take_idle(current->pool, &claim))
         play_retire(current->pool, &claim, SHM_T_closed_shutdown);
 }
+static void body_keep(void) {}
+
+/* ---- steering ---- */
+
+static void body_drain(void)
+{
+    struct pool_claim claim;
+    CHECK(steering_state(&current->pool->slab, SHM_POOL_DRAINING));
+    while (play_take_idle(current->pool, &claim))
+        play_retire(current->pool, &claim, SHM_T_closed_shutdown);
+}
+static void body_pause(void) { steering_state(&current->pool->slab, SHM_POOL_PAUSED); }
+static void body_resume(void) { steering_state(&current->pool->slab, SHM_POOL_OPEN); }
+static void body_pause_and_resume(void)
+{
+    body_pause();
+    pauses++;
+    paused = true;
+    shmpool_hook("use");
+    paused = false;
+    body_resume();
+}
+static void body_shut(void) { pool_shut(current->pool); }
+
+static void resize(uint32_t cap)
+{
+    steering_resize(&current->pool->slab, cap);
+    shrunk = cap;
+}
+static void body_shrink(void) { resize(scenario->slots - 1); }
+static void body_shrink_to_one(void) { resize(1); }
+static void body_grow(void) { resize(scenario->slots); }
+
+/* Open a connection, if there is a permit. Who asks when the pool has been made smaller gets none that there are already. */
+static void body_open(void)
+{
+    struct pool_claim claim;
+    unsigned cap = shrunk;
+    if (!pool_take_empty(current->pool, &claim))
+        return;
+    opened++;
+    CHECK(!cap || opened <= cap);
+    CHECK(play_install(current->pool, &claim));
+    hold(&claim);
+}
+static void body_end(void)
+{
+    struct pool_claim claim = current->claim;
+    holder[claim.slot] = 0;
+    current->has = false;
+    opened--;
+    CHECK(pool_condemn(current->pool, &claim));
+    play_retire(current->pool, &claim, SHM_T_closed_error);
+}
+
+static void body_evict_all(void) { steering_evict(&current->pool->slab, 0, "", 0, true); }
+
+/* The lease that the first fiber holds is taken back from it. */
+static void body_revoke(void)
+{
+    struct pool_claim claim = fibers[0].claim;
+    if (!pool_condemn(current->pool, &claim))
+        return;
+    twins_released++;
+    if (holder[claim.slot] == 1)
+        holder[claim.slot] = 0;
+    fibers[0].has = false;
+    play_retire(current->pool, &claim, SHM_T_closed_revoked);
+}
+
+/* ---- dials that are under way ---- */
+
+static struct waiter_place waiting; /* of the second fiber, for which the first dials */
+
+/* As a thread of its own does. */
+static void body_dial_succeeds(void)
+{
+    struct pool_claim claim = current->claim;
+    CHECK(play_install(current->pool, &claim));
+    CHECK(play_release(current->pool, &claim) != RELEASE_STALE);
+}
+static void body_dial_fails(void)
+{
+    struct pool_claim claim = current->claim;
+    play_fail_dial(current->pool, &claim);
+}
+/* Whoever may dial finds that the server does not answer. */
+static void body_dial_in_vain(void)
+{
+    struct pool_claim claim;
+    if (pool_take_dial(current->pool, true, &claim) == TAKEN_DIAL)
+        play_fail_dial(current->pool, &claim);
+}
+static void body_dial_interrupted(void)
+{
+    struct pool_claim claim;
+    if (pool_take_dial(current->pool, true, &claim) != TAKEN_DIAL)
+        return;
+    upstream_untried(&current->pool->slab, claim.upstream, clock_now());
+    pool_abandon(current->pool, &claim);
+    waiter_wake_all(&current->pool->slab);
+}
+
+/* The caller for whom a dial is under way: in the queue since before, until it is served or its time is over. */
+static void wait_on(uint64_t timeout_ns)
+{
+    struct play_request request = play_request(PLAY_ANY, timeout_ns);
+    struct pool_claim claim;
+    enum play_got got;
+    request.place = waiting;
+    request.under_way = fibers[0].claim;
+    while (!play_look(current->pool, &request, &claim, &got))
+        ;
+    play_end_request(current->pool, &request);
+    if (got != PLAY_GOT)
+        return;
+    hold(&claim);
+    give();
+}
+static void body_wait_on(void) { wait_on(PLAY_NEVER); }
+static void body_wait_on_briefly(void) { wait_on(WAITER_SLICE_NS); }
+
+/* ---- checks ---- */
+
+/* Look after idle connections: all are well; or none. */
+static void check_all(bool well)
+{
+    struct pool_claim claim;
+    for (uint32_t from = 0; pool_begin_check(current->pool, &from, PLAY_MS, false, &claim);) {
+        int *mine = &holder[claim.slot];
+        CHECK(!*mine || fibers[*mine - 1].state == DEAD);
+        *mine = (int)(current - fibers) + 1;
+        shmpool_hook("use");
+        CHECK_EQ(*mine, current - fibers + 1);
+        *mine = 0;
+        if (well)
+            CHECK(pool_end_check(current->pool, &claim));
+        else if (pool_condemn(current->pool, &claim))
+            play_retire(current->pool, &claim, SHM_T_closed_unhealthy);
+    }
+}
+static void body_check_well(void) { check_all(true); }
+static void body_check_ill(void) { check_all(false); }
+
 static void body_get_unless_closed(void)
 {
     enum play_got got = get(PLAY_NEVER);
@@ -658,9 +888,10 @@ static void body_get_unless_closed(void)
 static void fill(void)
 {
     struct pool_claim claims[SLOTS];
-    for (uint32_t i = 0; i < scenario->slots; i++)
+    uint32_t cap = steering_cap(&checker->slab);
+    for (uint32_t i = 0; i < cap; i++)
         claims[i] = play_lease(checker);
-    for (uint32_t i = 0; i < scenario->slots; i++)
+    for (uint32_t i = 0; i < cap; i++)
         CHECK_EQ(play_release(checker, &claims[i]), RELEASED);
     local_cache_clear(&checker->cache);
 }
@@ -761,30 +992,130 @@ static void private_idle(void)
     CHECK_EQ(play_release(checker, &claim), RELEASED);
 }
 
+/* The first fiber has a dial under way, for nobody. */
+static void orphan_dial(void)
+{
+    upstream_proved(&checker->slab);
+    CHECK_EQ(play_take(fibers[0].pool, PLAY_ANY, NULL, &fibers[0].claim), TAKEN_DIAL);
+    pool_announce_dial(fibers[0].pool, &fibers[0].claim, PLAY_ANY, true);
+}
+/* It is for the second, which waits in the queue. */
+static void dial_for_second(void)
+{
+    orphan_dial();
+    atomic_store(&checker->slab.slots[fibers[0].claim.slot].mark, 0);
+    waiting = (struct waiter_place){.dialling = true};
+    CHECK(waiter_enter(&fibers[1].pool->slab, &waiting, fibers[1].pool->worker, PLAY_ANY, 1, now_ns));
+}
+static void down(void)
+{
+    struct pool_claim claim;
+    CHECK_EQ(play_take(checker, PLAY_ANY, NULL, &claim), TAKEN_DIAL);
+    play_fail_dial(checker, &claim);
+    CHECK_EQ(upstream_step(atomic_load(&checker->slab.header->upstream)), 1);
+}
+/* The server is down, and a probe is due; the first fiber's dial began before. */
+static void down_with_older_dial(void)
+{
+    orphan_dial();
+    atomic_store(&checker->slab.slots[fibers[0].claim.slot].mark, 0);
+    down();
+    now_ns += PLAY_FIRST_STEP_NS;
+}
+static void paused_and_held(void)
+{
+    first_holds();
+    CHECK(steering_state(&checker->slab, SHM_POOL_PAUSED));
+}
+/* Idle for longer than the interval of the checks. */
+static void idle_for_long(void)
+{
+    fill();
+    now_ns += 1000 * PLAY_MS;
+}
+/* A connection in the last slot, held by the third fiber; the others are empty. */
+static void last_is_held(void)
+{
+    struct pool_claim claims[SLOTS];
+    for (uint32_t i = 0; i < scenario->slots; i++)
+        CHECK(pool_take_empty(fibers[2].pool, &claims[i]));
+    for (uint32_t i = 0; i + 1 < scenario->slots; i++)
+        pool_abandon(fibers[2].pool, &claims[i]);
+    fibers[2].claim = claims[scenario->slots - 1];
+    CHECK(play_install(fibers[2].pool, &fibers[2].claim));
+    fibers[2].has = true;
+    holder[fibers[2].claim.slot] = 3;
+    opened = 1;
+}
+/* What was left for a waiter that gave up meanwhile is ended by maintenance. */
+static void idle_end(void)
+{
+    struct pool_claim claim;
+    while (play_take_idle(checker, &claim))
+        play_retire(checker, &claim, SHM_T_closed_shutdown);
+}
+/* SHM_ATTENTION: set unless the pool is open, and not for ever if it is. */
+static void attention_fits_the_state(void)
+{
+    bool attention = atomic_load(&checker->slab.header->summary) & SHM_ATTENTION;
+    bool is_open = atomic_load(&checker->slab.header->state) == SHM_POOL_OPEN;
+    CHECK(attention == !is_open || used.kills || used.stops);
+    steering_state(&checker->slab, SHM_POOL_OPEN);
+}
+
 #define HANDOVER (WAITER_HANDOVER_AFTER_NS + 1)
 static const struct scenario scenarios[] = {
-    {"lease", 1, 4, 2, 0, all_idle, {body_lease_twice, body_lease_twice}, NULL, false, false},
-    {"lease-handover", 1, 4, 2, HANDOVER, all_idle, {body_lease_twice, body_lease_twice}, NULL, false, false},
-    {"lease-three", 2, 5, 3, 0, all_idle, {body_lease, body_lease, body_lease}, NULL, false, false},
-    {"dial", 1, 4, 2, 0, nothing_open, {body_lease, body_lease}, NULL, false, false},
-    {"discard", 1, 4, 3, HANDOVER, all_idle, {body_discard, body_lease, body_lease}, NULL, false, false},
-    {"wait", 1, 4, 2, 0, first_holds, {body_give, body_get}, NULL, false, false},
-    {"wait-handover", 1, 4, 2, HANDOVER, first_holds, {body_give, body_get}, NULL, false, false},
-    {"wait-barging", 1, 4, 2, 0, first_holds, {body_give_and_lease, body_lease}, NULL, false, false},
-    {"two-waiters", 2, 5, 4, 0, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false, false},
-    {"two-waiters-handover", 2, 5, 4, HANDOVER, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, false, false},
-    {"summary", 1, 4, 2, 0, stale_summary, {body_give, body_get}, NULL, false, false},
-    {"offer-or-leave", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_briefly, body_lease}, NULL, false, false},
-    {"twins", 1, 5, 3, HANDOVER, twins, {body_twin, body_twin, body_get}, one_twin_released, false, true},
-    {"twins-quiet", 1, 5, 3, 0, twins, {body_twin, body_twin, body_lease}, one_twin_released, false, true},
-    {"evict", 1, 4, 2, 0, private_idle, {body_lease, body_lease}, NULL, false, false},
-    {"close", 2, 5, 3, HANDOVER, first_two_hold, {body_give, body_give, body_close}, NULL, true, false},
-    {"close-waiting", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_unless_closed, body_close}, NULL, true, false},
-    {"leave", 1, 4, 2, HANDOVER, all_idle, {body_leave, body_lease}, NULL, false, false},
-    {"leave-under-sweep", 1, 5, 3, 0, sweep_and_leave, {body_recover, body_leave_now, body_recover_and_get}, NULL, false, true},
-    {"recover", 1, 5, 2, 0, dead_holder, {body_recover, body_recover_and_get}, NULL, false, false},
-    {"recover-waiter", 2, 5, 3, HANDOVER, dead_waiter, {body_recover, body_recover_and_get, body_lease}, NULL, false, false},
-    {"newcomer", 1, 2, 2, 0, dead_holder, {body_recover_and_lease, body_newcomer}, NULL, false, false},
+    {"lease", 1, 4, 2, 0, all_idle, {body_lease_twice, body_lease_twice}, NULL, 0, 0},
+    {"lease-handover", 1, 4, 2, HANDOVER, all_idle, {body_lease_twice, body_lease_twice}, NULL, 0, 0},
+    {"lease-three", 2, 5, 3, 0, all_idle, {body_lease, body_lease, body_lease}, NULL, 0, 0},
+    {"dial", 1, 4, 2, 0, nothing_open, {body_lease, body_lease}, NULL, 0, 0},
+    {"discard", 1, 4, 3, HANDOVER, all_idle, {body_discard, body_lease, body_lease}, NULL, 0, 0},
+    {"wait", 1, 4, 2, 0, first_holds, {body_give, body_get}, NULL, 0, 0},
+    {"wait-handover", 1, 4, 2, HANDOVER, first_holds, {body_give, body_get}, NULL, 0, 0},
+    {"wait-barging", 1, 4, 2, 0, first_holds, {body_give_and_lease, body_lease}, NULL, 0, 0},
+    {"two-waiters", 2, 5, 4, 0, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, 0, 0},
+    {"two-waiters-handover", 2, 5, 4, HANDOVER, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, 0, 0},
+    {"summary", 1, 4, 2, 0, stale_summary, {body_give, body_get}, NULL, 0, 0},
+    {"offer-or-leave", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_briefly, body_lease}, NULL, 0, 0},
+    {"twins", 1, 5, 3, HANDOVER, twins, {body_twin, body_twin, body_get}, one_twin_released, ONE_PROCESS, 0},
+    {"twins-quiet", 1, 5, 3, 0, twins, {body_twin, body_twin, body_lease}, one_twin_released, ONE_PROCESS, 0},
+    {"evict", 1, 4, 2, 0, private_idle, {body_lease, body_lease}, NULL, 0, 0},
+    {"close", 2, 5, 3, HANDOVER, first_two_hold, {body_give, body_give, body_close}, NULL, CLOSES, 0},
+    {"close-waiting", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_unless_closed, body_close}, NULL, CLOSES, 0},
+    {"leave", 1, 4, 2, HANDOVER, all_idle, {body_leave, body_lease}, NULL, 0, 0},
+    {"leave-under-sweep", 1, 5, 3, 0, sweep_and_leave, {body_recover, body_leave_now, body_recover_and_get}, NULL, ONE_PROCESS, 0},
+    {"recover", 1, 5, 2, 0, dead_holder, {body_recover, body_recover_and_get}, NULL, 0, 0},
+    {"recover-waiter", 2, 5, 3, HANDOVER, dead_waiter, {body_recover, body_recover_and_get, body_lease}, NULL, 0, 0},
+    {"newcomer", 1, 2, 2, 0, dead_holder, {body_recover_and_lease, body_newcomer}, NULL, 0, 0},
+    {"herd", 3, 5, 3, 0, nothing_open, {body_get, body_get, body_get}, NULL, 0, 0},
+    {"adopt", 1, 5, 3, 0, orphan_dial, {body_dial_succeeds, body_lease, body_lease}, NULL, 0, 0},
+    {"adopt-alone", 2, 5, 2, 0, orphan_dial, {body_dial_succeeds, body_get}, NULL, 0, 0},
+    {"adopt-two", 2, 5, 3, 0, orphan_dial, {body_dial_succeeds, body_get, body_get}, NULL, 0, 0},
+    {"adopt-and-fail", 1, 5, 3, 0, orphan_dial, {body_dial_fails, body_lease, body_lease}, NULL, BY_TIME, 0},
+    {"orphan", 1, 5, 3, 0, dial_for_second, {body_dial_succeeds, body_wait_on_briefly, body_lease}, NULL, 0, 0},
+    {"wait-on", 1, 5, 3, HANDOVER, dial_for_second, {body_dial_succeeds, body_wait_on, body_lease}, NULL, 0, 0},
+    {"probe", 3, 5, 4, 0, down_with_older_dial, {body_dial_succeeds, body_dial_in_vain, body_dial_in_vain, body_get}, NULL, BY_TIME, 0},
+    {"probe-late-failure", 2, 5, 3, 0, down_with_older_dial, {body_dial_fails, body_dial_in_vain, body_get}, NULL, BY_TIME, 0},
+    {"probe-interrupted", 2, 5, 3, PLAY_FIRST_STEP_NS, down, {body_dial_interrupted, body_dial_in_vain, body_lease}, NULL, BY_TIME, 0},
+    {"pause", 1, 5, 3, 0, first_holds, {body_give, body_lease, body_pause_and_resume}, NULL, 0, 0},
+    {"pause-handover", 1, 5, 3, HANDOVER, first_holds, {body_give, body_lease, body_pause_and_resume}, NULL, 0, 0},
+    {"resume", 1, 5, 3, 0, paused_and_held, {body_give, body_lease, body_resume}, NULL, 0, 0},
+    {"steer", 1, 5, 3, 0, nothing_open, {body_pause, body_resume, body_pause}, attention_fits_the_state, 0, 0},
+    {"steer-and-close", 1, 5, 3, 0, nothing_open, {body_pause, body_resume, body_shut}, attention_fits_the_state, CLOSES, 0},
+    {"drain", 1, 5, 3, 0, first_holds, {body_give, body_get_unless_closed, body_drain}, NULL, CLOSES, 0},
+    {"drain-handover", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_unless_closed, body_drain}, NULL, CLOSES, 0},
+    {"drain-briefly", 1, 5, 3, 0, first_holds, {body_give, body_get_briefly, body_drain}, idle_end, CLOSES, 0},
+    {"revoke", 1, 5, 3, 0, first_holds, {body_twin, body_revoke, body_get}, one_twin_released, 0, 0},
+    {"revoke-handover", 1, 5, 3, HANDOVER, first_holds, {body_twin, body_revoke, body_get}, one_twin_released, 0, 0},
+    {"check", 1, 5, 3, 0, idle_for_long, {body_check_well, body_lease, body_lease}, NULL, 0, 0},
+    {"check-handover", 1, 5, 3, HANDOVER, idle_for_long, {body_check_well, body_get, body_check_well}, NULL, 0, 0},
+    {"check-ill", 1, 5, 3, 0, idle_for_long, {body_check_ill, body_lease, body_lease}, NULL, 0, 0},
+    {"evict-all", 1, 5, 3, 0, first_holds, {body_give, body_evict_all, body_lease}, NULL, STEERS, 0},
+    {"grow", 2, 5, 3, 0, first_holds, {body_keep, body_get, body_grow}, NULL, STEERS, 1},
+    {"shrink", 2, 5, 3, 0, first_two_hold, {body_give, body_give, body_shrink}, NULL, STEERS, 0},
+    {"shrink-waiting", 2, 5, 4, 0, first_two_hold, {body_give, body_give, body_shrink, body_lease}, NULL, STEERS, 0},
+    {"last-permit", 3, 5, 4, 0, last_is_held, {body_open, body_open, body_end, body_shrink}, NULL, STEERS, 0},
+    {"last-permit-waiting", 3, 5, 4, 0, last_is_held, {body_lease, body_lease, body_give, body_shrink_to_one}, NULL, STEERS, 0},
 };
 
 static void begin(const struct scenario *which)
@@ -796,7 +1127,7 @@ static void begin(const struct scenario *which)
     next_seat = 0;
     memset(holder, 0, sizeof holder);
     memset(fibers, 0, sizeof fibers);
-    checker = play_found(which->slots, which->workers + 1, 4, 1);
+    checker = play_found_capped(which->slots, which->cap ? which->cap : which->slots, which->workers + 1, 4, 1);
     for (uint32_t i = 0; i < which->slots; i++) {
         close(checker->mailboxes[i]);
         checker->mailboxes[i] = -1;
@@ -818,7 +1149,7 @@ static void begin(const struct scenario *which)
 static bool walk(struct bounds within, uint64_t deadline)
 {
     bounds = within;
-    if (scenario->one_process)
+    if ((scenario->flags & ONE_PROCESS))
         bounds.kills = bounds.stops = 0;
     planned = 0;
     do {
@@ -845,7 +1176,7 @@ static void explore(const struct scenario *which, double seconds)
     walking_randomly = level < levels;
     for (bounds = (struct bounds){3, 2, 2, 1}; walking_randomly && real_ns() < end;) {
         planned = 0;
-        bounds.kills = scenario->one_process ? 0 : runs % 3; /* a third of the runs without any death: there nobody may rely on slices */
+        bounds.kills = (scenario->flags & ONE_PROCESS) ? 0 : runs % 3; /* a third of the runs without any death: there nobody may rely on slices */
         bounds.stops = bounds.kills == 1;
         run();
     }

@@ -25,6 +25,10 @@
 #define PLAY_ANY WAITER_ANY_BUCKET
 #define PLAY_NEVER UINT64_MAX
 #define PLAY_MS UINT64_C(1000000)
+/* of the upstream: all of it is over after a second */
+#define PLAY_FIRST_STEP_NS (20 * PLAY_MS)
+#define PLAY_LAST_STEP_NS (400 * PLAY_MS)
+#define PLAY_PATIENCE_NS (800 * PLAY_MS)
 
 /* No sockets: connections are numbers only (for schedulers that replay millions of runs). */
 PLAY bool play_bare;
@@ -36,14 +40,15 @@ PLAY struct pool *play_founder;
 PLAY struct slab_identity play_identity(void)
 {
     static uint8_t id[16] = "a slab of a test";
-    return (struct slab_identity){id, 1, 1000, 2000, "check", "tcp://test:1", "{}", ""};
+    return (struct slab_identity){id, 1, 1000, 2000, "check", "tcp://test:1", "{}", "", 0};
 }
 
 PLAY struct pool_options play_options(uint32_t cache)
 {
     return (struct pool_options){.local_cache_size = cache, .alive_bypass_ns = 500 * PLAY_MS,
                                  .idle_timeout_ns = PLAY_NEVER, .udp_clear_timeout_ns = PLAY_MS,
-                                 .udp_clear_max_packets = 16, .clear_udp_buffer = true, .stats = true};
+                                 .udp_clear_max_packets = 16, .clear_udp_buffer = true, .stats = true,
+                                 .backoff = {PLAY_FIRST_STEP_NS, PLAY_LAST_STEP_NS, PLAY_PATIENCE_NS}};
 }
 
 PLAY int play_memory(uint64_t size)
@@ -53,16 +58,22 @@ PLAY int play_memory(uint64_t size)
     return fd;
 }
 
-/* The first player, on a new slab. */
-PLAY struct pool *play_found(uint32_t slots, uint32_t workers, uint32_t waiters, uint32_t cache)
+/* The first player, on a new slab whose cap is `cap` of its slots. */
+PLAY struct pool *play_found_capped(uint32_t slots, uint32_t cap, uint32_t workers, uint32_t waiters, uint32_t cache)
 {
     struct slab_layout layout;
     struct slab_identity who = play_identity();
     struct pool_options options = play_options(cache);
+    who.cap = cap;
     struct pool *pool = calloc(1, sizeof *pool);
     CHECK(pool && slab_layout(&layout, slots, workers, waiters));
     CHECK_EQ(pool_create(pool, play_memory(layout.total_size), -1, &layout, &who, &options), POOL_OK);
     return play_founder = pool;
+}
+
+PLAY struct pool *play_found(uint32_t slots, uint32_t workers, uint32_t waiters, uint32_t cache)
+{
+    return play_found_capped(slots, slots, workers, waiters, cache);
 }
 
 /* A further player on the same slab, not registered yet. */
@@ -166,12 +177,23 @@ PLAY bool play_install_as(struct pool *pool, struct pool_claim *claim, struct po
         else
             close(ends[1]);
     }
-    return pool_install(pool, claim, &birth);
+    if (!pool_install(pool, claim, &birth))
+        return false;
+    upstream_proved(&pool->slab);
+    return true;
 }
 
 PLAY bool play_install(struct pool *pool, struct pool_claim *claim)
 {
     return play_install_as(pool, claim, (struct pool_birth){.bucket = 0, .expires_ns = PLAY_NEVER}, NULL);
+}
+
+/* The dial has failed: nobody answers. */
+PLAY void play_fail_dial(struct pool *pool, struct pool_claim *claim)
+{
+    upstream_failed(&pool->slab, claim->upstream, clock_now(), &pool->options.backoff, 0, "refused");
+    pool_abandon(pool, claim);
+    waiter_wake_all(&pool->slab);
 }
 
 PLAY void play_retire(struct pool *pool, struct pool_claim *claim, unsigned reason)
@@ -227,10 +249,25 @@ PLAY void play_leave_queue(struct pool *pool, struct waiter_place *place)
 /* One call of get. */
 struct play_request {
     uint32_t mask;
+    bool waits; /* for others */
     uint64_t deadline;
     struct waiter_place place;
-    bool woken; /* the last sleep ended by a wake-up */
+    struct pool_claim under_way; /* place.dialling: the dial that goes on for this call */
+    bool woken;                  /* the last sleep ended by a wake-up */
 };
+
+PLAY struct play_request play_request(uint32_t mask, uint64_t timeout_ns)
+{
+    uint64_t begun = clock_now(), deadline = timeout_ns > PLAY_NEVER - begun ? PLAY_NEVER : begun + timeout_ns;
+    return (struct play_request){.mask = mask, .waits = timeout_ns != 0, .deadline = deadline};
+}
+
+PLAY void play_end_request(struct pool *pool, struct play_request *request)
+{
+    if (request->place.dialling)
+        pool_orphan_dial(pool, &request->under_way);
+    play_leave_queue(pool, &request->place);
+}
 
 PLAY void play_sleep(struct pool *pool, struct play_request *request, uint64_t now)
 {
@@ -252,16 +289,33 @@ PLAY void play_sleep(struct pool *pool, struct play_request *request, uint64_t n
     waiter_prepare(&pool->slab, place);
 }
 
+/* A lease that was found: true when it may be used. What is condemned ends with whoever meets it. */
+PLAY bool play_fits(struct pool *pool, struct pool_claim *claim)
+{
+    if (SHM_LOAD(row, pool->slab.slots[claim->slot].expires_ns) > clock_coarse())
+        return true;
+    if (pool_condemn(pool, claim))
+        play_retire(pool, claim, pool_over_reason(pool, claim->slot));
+    return false;
+}
+
 /* One look: true when it is decided. */
 PLAY bool play_look(struct pool *pool, struct play_request *request, struct pool_claim *claim, enum play_got *got)
 {
     *got = PLAY_GOT;
-    switch (pool_take(pool, request->mask, &request->place, claim)) {
+    if (request->place.dialling && !pool_dial_goes_on(pool, &request->under_way))
+        request->place.dialling = false;
+    switch (pool_take(pool, request->mask, request->waits ? &request->place : NULL, claim)) {
     case TAKEN_LEASED:
-        return true;
+        return play_fits(pool, claim);
     case TAKEN_DIAL:
+        pool_announce_dial(pool, claim, request->mask, false);
         CHECK(play_install(pool, claim));
         return true;
+    case TAKEN_ADOPTED:
+        request->place.dialling = true;
+        request->under_way = *claim;
+        return false;
     case TAKEN_EVICTED:
         play_retire(pool, claim, SHM_T_closed_evicted);
         return false;
@@ -269,12 +323,15 @@ PLAY bool play_look(struct pool *pool, struct play_request *request, struct pool
         recovery_run(pool, false);
         return false;
     case TAKEN_CLOSED:
+    case TAKEN_DRAINING:
         *got = PLAY_CLOSED;
         return true;
     case TAKEN_DAMAGED:
         CHECK(!"a slot word is in no state that exists");
         return true;
     case TAKEN_NOTHING:
+    case TAKEN_DOWN:
+    case TAKEN_PAUSED:
         break;
     }
     uint64_t now = clock_now();
@@ -291,13 +348,12 @@ PLAY bool play_look(struct pool *pool, struct play_request *request, struct pool
 
 PLAY enum play_got play_get_any(struct pool *pool, uint32_t mask, uint64_t timeout_ns, struct pool_claim *claim)
 {
-    uint64_t begun = clock_now(), deadline = timeout_ns > PLAY_NEVER - begun ? PLAY_NEVER : begun + timeout_ns;
-    struct play_request request = {.mask = mask, .deadline = deadline};
+    struct play_request request = play_request(mask, timeout_ns);
     enum play_got got = PLAY_GOT;
-    if (!pool_is_open(pool) || !pool_take_cached(pool, mask, claim))
+    if (!pool_is_plain(pool) || !pool_take_cached(pool, mask, claim) || !play_fits(pool, claim))
         while (!play_look(pool, &request, claim, &got))
             ;
-    play_leave_queue(pool, &request.place);
+    play_end_request(pool, &request);
     return got;
 }
 
@@ -325,26 +381,26 @@ PLAY enum pool_released play_release(struct pool *pool, struct pool_claim *claim
 {
     enum pool_released released = pool_release(pool, claim, clock_coarse());
     if (released == RELEASE_RETIRE && pool_condemn(pool, claim))
-        play_retire(pool, claim, pool_is_open(pool) ? SHM_T_closed_evicted : SHM_T_closed_shutdown);
+        play_retire(pool, claim, pool_retire_reason(pool, claim->slot));
     return released;
 }
 
 /* ---- what must hold when nobody is active ---- */
 
-/* Every slot can be leased once, by one player, and no more than that. Then all go back. */
+/* As many as the cap allows can be leased, each slot once, by one player, and no more than that. Then all go back. */
 PLAY void play_lease_all(struct pool *pool)
 {
-    uint32_t slots = pool->slab.layout.max_slots;
-    struct pool_claim *claims = calloc(slots, sizeof *claims), one_more;
+    uint32_t cap = steering_cap(&pool->slab), slots = pool->slab.layout.max_slots;
+    struct pool_claim *claims = calloc(cap, sizeof *claims), one_more;
     uint8_t *seen = calloc(slots, 1);
     CHECK(claims && seen);
-    for (uint32_t i = 0; i < slots; i++) {
+    for (uint32_t i = 0; i < cap; i++) {
         claims[i] = play_lease(pool);
         CHECK(claims[i].slot < slots && !seen[claims[i].slot]);
         seen[claims[i].slot] = 1;
     }
     CHECK(!play_try(pool, &one_more));
-    for (uint32_t i = 0; i < slots; i++) {
+    for (uint32_t i = 0; i < cap; i++) {
         struct pool_claim stale = claims[i];
         CHECK_EQ(play_release(pool, &claims[i]), RELEASED);
         CHECK_EQ(play_release(pool, &stale), RELEASE_STALE);

@@ -313,6 +313,381 @@ static void validated(void)
     end();
 }
 
+/* ---- dials under way ---- */
+
+/* A dial of `who`, for these buckets. */
+static struct pool_claim dial_begun(struct pool *who, uint32_t mask, bool orphan)
+{
+    struct pool_claim claim;
+    upstream_proved(&who->slab);
+    CHECK_EQ(play_take(who, mask, NULL, &claim), TAKEN_DIAL);
+    pool_announce_dial(who, &claim, mask, orphan);
+    return claim;
+}
+
+/* Who comes when a dial goes on for nobody waits for that one, instead of beginning another. */
+static void dials_are_adopted(void)
+{
+    struct waiter_place place = {0}, second = {0};
+    struct pool_claim claim, another;
+    begin(3, 1);
+    struct pool_claim begun = dial_begun(pool, PLAY_ANY, true);
+    CHECK_EQ(play_take(other, PLAY_ANY, NULL, &claim), TAKEN_DIAL); /* who does not wait does not wait for that */
+    pool_abandon(other, &claim);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_ADOPTED);
+    CHECK(claim.slot == begun.slot && claim.word == begun.word);
+    CHECK(pool_dial_goes_on(other, &claim));
+    place.dialling = true;
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &another), TAKEN_NOTHING); /* one dial for one caller */
+    CHECK_EQ(play_take(other, PLAY_ANY, &second, &another), TAKEN_DIAL);   /* another has no claim to it */
+    pool_abandon(other, &another);
+    CHECK(play_install(pool, &begun));
+    back(pool, begun);
+    CHECK(!pool_dial_goes_on(other, &claim));
+    place.dialling = false;
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_LEASED);
+    CHECK_EQ(claim.slot, begun.slot);
+    back(other, claim);
+    end();
+}
+
+/* A dial that somebody waits for is not adopted; when its caller goes it is, once. */
+static void dials_with_a_caller_are_not(void)
+{
+    struct waiter_place place = {0};
+    struct pool_claim claim;
+    begin(1, 1);
+    struct pool_claim begun = dial_begun(pool, PLAY_ANY, false);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_NOTHING);
+    pool_orphan_dial(pool, &begun);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_ADOPTED);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_NOTHING);
+    pool_orphan_dial(other, &claim); /* the second caller goes as well */
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_ADOPTED);
+    pool_abandon(pool, &begun);
+    CHECK(!pool_dial_goes_on(other, &claim));
+    pool_orphan_dial(other, &claim); /* too late: that dial is over, and the next is not it */
+    begun = dial_begun(pool, PLAY_ANY, false);
+    pool_orphan_dial(other, &claim);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_NOTHING);
+    CHECK(play_install(pool, &begun));
+    back(pool, begun);
+    end();
+}
+
+/* Only a dial whose every outcome is of use. */
+static void dials_for_other_kinds_are_not(void)
+{
+    struct waiter_place place = {0};
+    struct pool_claim claim;
+    begin(1, 1);
+    struct pool_claim begun = dial_begun(pool, 1u << 0 | 1u << 1, true);
+    CHECK_EQ(play_take(other, 1u << 0, &place, &claim), TAKEN_NOTHING);
+    CHECK_EQ(play_take(other, 1u << 3, &place, &claim), TAKEN_NOTHING);
+    CHECK_EQ(play_take(other, 1u << 0 | 1u << 1 | 1u << 3, &place, &claim), TAKEN_ADOPTED);
+    pool_abandon(pool, &begun);
+    end();
+}
+
+/* Does anything else promise to come back? Then the dial may go on beside the wait. */
+static void alone_or_not(void)
+{
+    struct pool_claim claim, held;
+    begin(2, 1);
+    upstream_proved(&pool->slab);
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_DIAL);
+    CHECK(claim.alone);
+    CHECK_EQ(play_take(other, PLAY_ANY, NULL, &held), TAKEN_DIAL);
+    CHECK(!held.alone);
+    pool_abandon(pool, &claim);
+    CHECK(play_install(other, &held));
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_DIAL);
+    CHECK(!claim.alone);
+    pool_abandon(pool, &claim);
+    back(other, held);
+    end();
+}
+
+/* While the server is down nobody dials; who waits and has something to wait for waits. */
+static void down(void)
+{
+    struct waiter_place place = {0};
+    struct pool_claim claim, held;
+    begin(2, 1);
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_DIAL);
+    play_fail_dial(pool, &claim);
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_DOWN);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_DOWN);
+    CHECK_EQ(pool_take_dial(other, true, &claim), TAKEN_DOWN);
+    CHECK_EQ(play_count(pool, SLOT_EMPTY), 2);
+    held = dial(pool, 0, 0, NULL); /* one that began before */
+    upstream_failed(&pool->slab, UPSTREAM_UP, clock_now(), &pool->options.backoff, 0, "refused");
+    CHECK_EQ(play_take(other, PLAY_ANY, NULL, &claim), TAKEN_DOWN);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_NOTHING);
+    back(pool, held);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_LEASED); /* what is there is had all the same */
+    back(other, claim);
+    upstream_proved(&pool->slab);
+    end();
+}
+
+/* ---- health checks ---- */
+
+/* Nobody has used or checked it for `ns`. */
+static void age(uint32_t slot, uint64_t ns)
+{
+    atomic_store(&pool->slab.slots[slot].last_used_ns, clock_now() - ns);
+    atomic_store(&pool->slab.slots[slot].checked_ns, clock_now() - ns);
+}
+
+static bool check_begins(struct pool *who, uint64_t interval_ns, bool only_private, struct pool_claim *claim)
+{
+    uint32_t from = 0;
+    return pool_begin_check(who, &from, interval_ns, only_private, claim);
+}
+
+static void checks(void)
+{
+    struct waiter_place place = {0};
+    struct pool_claim claim, check;
+    uint32_t from = 0;
+    begin(2, 1);
+    struct pool_claim held = play_lease(pool), idle = play_lease(pool);
+    back(pool, idle);
+    age(held.slot, 2000 * PLAY_MS);
+    age(idle.slot, 999 * PLAY_MS);
+    CHECK(!check_begins(other, 1000 * PLAY_MS, false, &check)); /* too early; a lease is not looked at */
+    age(idle.slot, 2000 * PLAY_MS);
+    CHECK(pool_begin_check(other, &from, 1000 * PLAY_MS, false, &check));
+    CHECK(check.slot == idle.slot && from == idle.slot + 1);
+    CHECK(!pool_begin_check(other, &from, 1000 * PLAY_MS, false, &claim));
+    CHECK(!check_begins(pool, 1000 * PLAY_MS, false, &claim)); /* one looks */
+    CHECK_EQ(play_state(pool, idle.slot), SLOT_CHECKING);
+    CHECK_EQ(pool_count_idle(pool), 1);
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_NOTHING); /* and nobody has it meanwhile, nor its cache */
+    CHECK(waiter_enter(&other->slab, &place, other->worker, PLAY_ANY, 1, clock_now()));
+    struct pool_claim stale = check;
+    CHECK(pool_end_check(other, &check));
+    CHECK_EQ(atomic_load(&pool->slab.waiters[place.cell].futex), WAITER_WOKEN);
+    waiter_leave(&other->slab, &place);
+    CHECK(!pool_end_check(other, &stale)); /* once */
+    CHECK(!pool_condemn(other, &stale));
+    CHECK(!check_begins(other, 1000 * PLAY_MS, false, &check)); /* it was checked this moment */
+    CHECK_EQ(freelist_take(&pool->slab, 0, 0), idle.slot); /* all know of it */
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_LEASED);
+    back(pool, claim);
+    back(pool, held);
+    CHECK_EQ(play_total(pool, SHM_T_health_checks), 1);
+    end();
+}
+
+static void checks_of_private_connections(void)
+{
+    struct pool_claim check;
+    begin(2, 1);
+    struct pool_claim own = dial(pool, 0, SHM_KIND_PRIVATE, NULL), shared = dial(pool, 0, 0, NULL);
+    back(pool, own);
+    back(pool, shared);
+    age(own.slot, 2000 * PLAY_MS);
+    age(shared.slot, 2000 * PLAY_MS);
+    CHECK(!check_begins(other, PLAY_MS, true, &check));
+    CHECK(check_begins(other, PLAY_MS, false, &check)); /* not that of another */
+    CHECK_EQ(check.slot, shared.slot);
+    CHECK(pool_end_check(other, &check));
+    CHECK(check_begins(pool, PLAY_MS, true, &check));
+    CHECK_EQ(check.slot, own.slot);
+    CHECK(pool_condemn(pool, &check)); /* it is not well */
+    play_retire(pool, &check, SHM_T_closed_unhealthy);
+    CHECK_EQ(play_state(pool, own.slot), SLOT_EMPTY);
+    end();
+}
+
+/* ---- leases taken back ---- */
+
+static void revoked(void)
+{
+    int peer;
+    begin(1, 1);
+    struct pool_claim held = dial(pool, 0, 0, &peer), seen = {.slot = held.slot, .word = held.word}, late = seen;
+    CHECK(pool_condemn(other, &seen)); /* anybody may, with the word of the lease */
+    CHECK_EQ(play_release(pool, &held), RELEASE_STALE);
+    play_retire(other, &seen, SHM_T_closed_revoked);
+    CHECK(at_end(peer));
+    close(peer);
+    held = play_lease(pool);
+    CHECK(!pool_condemn(other, &late)); /* a later lease is another */
+    back(pool, held);
+    CHECK(!pool_condemn(other, &late));
+    CHECK_EQ(play_total(pool, SHM_T_closed_revoked), 1);
+    end();
+}
+
+/* ---- who is told ---- */
+
+static struct ended *only_note(struct pool *who)
+{
+    struct ended *note = pool_take_ended(who);
+    CHECK(note && !note->next && !pool_take_ended(who));
+    return note;
+}
+
+static void notes_of_the_ended(void)
+{
+    struct pool_claim claim;
+    begin(2, 1);
+    back(pool, dial(pool, 0, 0, NULL));
+    claim = play_lease(pool);
+    CHECK(pool_condemn(pool, &claim));
+    play_retire(pool, &claim, SHM_T_closed_error);
+    CHECK(!pool_take_ended(pool)); /* nobody wants to know */
+    pool->notes_ended = true;
+    CHECK(pool_take_empty(pool, &claim));
+    CHECK(play_install_as(pool, &claim, (struct pool_birth){.bucket = 3, .expires_ns = PLAY_NEVER, .peer = {7, 8, 9}}, NULL));
+    uint64_t id = atomic_load(&pool->slab.slots[claim.slot].connection);
+    CHECK(pool_condemn(pool, &claim));
+    play_retire(pool, &claim, SHM_T_closed_dirty);
+    struct ended *note = only_note(pool);
+    CHECK(note->connection == id && note->slot == claim.slot && note->reason == SHM_T_closed_dirty && note->kind == 3);
+    CHECK(note->peer[0] == 7 && note->peer[2] == 9 && note->uses == 0 && note->age_ns < 10000 * PLAY_MS);
+    free(note);
+    CHECK(pool_take_empty(pool, &claim));
+    pool_announce_dial(pool, &claim, 1, false);
+    pool_name_connection(pool, &claim);
+    pool_abandon(pool, &claim);
+    CHECK(!pool_take_ended(pool)); /* there was no connection */
+    struct pool_claim claims[2] = {play_lease(pool), play_lease(pool)};
+    for (int i = 0; i < 2; i++) {
+        CHECK(pool_condemn(pool, &claims[i]));
+        play_retire(pool, &claims[i], SHM_T_closed_idle);
+    }
+    note = pool_take_ended(pool);
+    CHECK(note && note->next && !note->next->next && note->slot == claims[1].slot); /* the latest first */
+    free(note->next);
+    free(note);
+    CHECK(!pool_take_ended(other)); /* each process is told of what it ended itself */
+    claim = play_lease(pool);
+    CHECK(pool_condemn(pool, &claim));
+    play_retire(pool, &claim, SHM_T_closed_idle); /* nobody takes the note: it goes with the handle */
+    pool->notes_ended = false;
+    end();
+}
+
+/* A dial whose process dies ended nothing; a lease did. */
+static void notes_of_the_dead(void)
+{
+    struct pool_claim early, late, named;
+    begin(4, 1);
+    pool->notes_ended = true;
+    struct pool *dead = play_join(pool);
+    struct pool_claim claims[4];
+    for (int i = 0; i < 4; i++)
+        claims[i] = play_lease(pool);
+    for (int i = 0; i < 4; i++) { /* all rows have been used before */
+        CHECK(pool_condemn(pool, &claims[i]));
+        play_retire(pool, &claims[i], SHM_T_closed_error);
+    }
+    for (struct ended *note = pool_take_ended(pool), *next; note; note = next) {
+        next = note->next;
+        free(note);
+    }
+    uint64_t failures = play_total(pool, SHM_T_dial_failures);
+    CHECK(pool_take_empty(dead, &early));
+    CHECK(pool_take_empty(dead, &late));
+    pool_announce_dial(dead, &late, PLAY_ANY, false);
+    CHECK(pool_take_empty(dead, &named));
+    pool_announce_dial(dead, &named, PLAY_ANY, false);
+    pool_name_connection(dead, &named);
+    struct pool_claim held = play_lease(dead);
+    play_die(dead);
+    CHECK_EQ(recovery_run(pool, true), 4);
+    struct ended *note = only_note(pool);
+    CHECK(note->slot == held.slot && note->reason == SHM_T_closed_owner_died);
+    free(note);
+    CHECK_EQ(play_total(pool, SHM_T_closed_owner_died), 1);
+    CHECK_EQ(play_total(pool, SHM_T_dial_failures), failures + 3);
+    play_end(dead);
+    pool->notes_ended = false;
+    end();
+}
+
+/* Why a connection ends that is not to be kept. */
+static void reasons(void)
+{
+    struct pool_claim claim;
+    begin(1, 1);
+    claim = dial(pool, 0, 0, NULL);
+    CHECK_EQ(pool_over_reason(pool, claim.slot), SHM_T_closed_lifetime);
+    CHECK_EQ(pool_retire_reason(pool, claim.slot), SHM_T_closed_idle);
+    steering_state(&pool->slab, SHM_POOL_PAUSED);
+    CHECK_EQ(pool_retire_reason(pool, claim.slot), SHM_T_closed_idle);
+    steering_state(&pool->slab, SHM_POOL_DRAINING);
+    CHECK_EQ(pool_retire_reason(pool, claim.slot), SHM_T_closed_shutdown);
+    CHECK(steering_condemn(&pool->slab, claim.slot, atomic_load(&pool->slab.slots[claim.slot].connection), SHM_EXPIRES_EVICTED));
+    CHECK_EQ(pool_retire_reason(pool, claim.slot), SHM_T_closed_evicted);
+    CHECK_EQ(play_release(pool, &claim), RELEASE_RETIRE);
+    steering_state(&pool->slab, SHM_POOL_OPEN);
+    claim = dial(pool, 0, SHM_KIND_PRIVATE | SHM_KIND_UNMAILED, NULL);
+    CHECK_EQ(pool_retire_reason(pool, claim.slot), SHM_T_closed_letter);
+    CHECK_EQ(play_release(pool, &claim), RELEASE_RETIRE);
+    end();
+}
+
+/* More idle than wanted: what comes back last ends. */
+static void most_idle(void)
+{
+    begin(3, 3);
+    struct pool_claim claims[3] = {play_lease(pool), play_lease(pool), play_lease(pool)};
+    pool->options.max_idle = 2;
+    CHECK_EQ(play_release(pool, &claims[0]), RELEASED);
+    CHECK_EQ(play_release(pool, &claims[1]), RELEASED);
+    CHECK_EQ(play_release(pool, &claims[2]), RELEASE_RETIRE);
+    CHECK_EQ(play_total(pool, SHM_T_closed_idle), 1);
+    pool->options.max_idle = 0;
+    end();
+}
+
+/* ---- the maintainer ---- */
+
+static void one_maintainer(void)
+{
+    begin(1, 1);
+    CHECK(pool_be_maintainer(other));
+    CHECK(pool_be_maintainer(other)); /* it stays so */
+    CHECK(!pool_be_maintainer(pool));
+    pool_resign(pool); /* which it is not */
+    CHECK(!pool_be_maintainer(pool));
+    pool_resign(other);
+    CHECK(pool_be_maintainer(pool));
+    CHECK(!pool_be_maintainer(other));
+    struct pool *dead = play_join(pool);
+    pool_resign(pool);
+    CHECK(pool_be_maintainer(dead));
+    CHECK(!pool_be_maintainer(pool));
+    play_die(dead); /* the kernel ends it */
+    CHECK(pool_be_maintainer(pool));
+    recovery_run(pool, true);
+    play_end(dead);
+    end();
+}
+
+/* One that has not said for long that it is at work is helped; it comes back, and the helpers stop. */
+static void helpers(void)
+{
+    begin(1, 1);
+    a64_shm *said = &pool->slab.header->maintained_ns;
+    CHECK(pool_be_maintainer(other));
+    atomic_store(said, clock_now() - MAINTAINER_PATIENCE_NS + 1000 * PLAY_MS);
+    CHECK(!pool_be_maintainer(pool));
+    atomic_store(said, clock_now() - MAINTAINER_PATIENCE_NS - PLAY_MS);
+    CHECK(pool_be_maintainer(pool));
+    CHECK(pool_be_maintainer(other));
+    CHECK(!pool_be_maintainer(pool));
+    pool_leave(other); /* with its seat goes the lock */
+    CHECK_EQ(pool_join(other), POOL_OK);
+    CHECK(pool_be_maintainer(pool));
+    end();
+}
+
 /* ---- leaving and closing ---- */
 
 static void leaving(void)
@@ -844,6 +1219,20 @@ int main(void)
     RUN(rows);
     RUN(many_retired_at_once);
     RUN(validated);
+    RUN(dials_are_adopted);
+    RUN(dials_with_a_caller_are_not);
+    RUN(dials_for_other_kinds_are_not);
+    RUN(alone_or_not);
+    RUN(down);
+    RUN(checks);
+    RUN(checks_of_private_connections);
+    RUN(revoked);
+    RUN(notes_of_the_ended);
+    RUN(notes_of_the_dead);
+    RUN(reasons);
+    RUN(most_idle);
+    RUN(one_maintainer);
+    RUN(helpers);
     RUN(leaving);
     RUN(closing);
     RUN(closing_takes_idle_and_offered);

@@ -43,11 +43,13 @@ static void layout_regions(void)
 
 static void header_is_a_contract(void)
 {
-    CHECK_EQ(sizeof(struct header_shm), 4096);
+    CHECK_EQ(sizeof(struct header_shm), SHM_HEADER_BYTES);
+    CHECK_EQ(SHM_HEADER_BYTES, 8192);
     CHECK_EQ(sizeof(struct slot_shm), 128);
     CHECK_EQ(sizeof(struct waiter_shm), 64);
     CHECK_EQ(offsetof(struct header_shm, magic), 0);
     CHECK_EQ(offsetof(struct header_shm, summary) % 64, 0);
+    CHECK_EQ(offsetof(struct header_shm, cap) % 64, 0);
     CHECK(slab_format() != 0);
     CHECK_EQ(slab_format(), slab_format());
 }
@@ -85,7 +87,23 @@ static void fresh_slab(void)
     for (unsigned list = 0; list < SHM_BUCKETS; list++)
         CHECK_EQ(freelist_take(&opened, list, 0), -1);
     CHECK_EQ(opened.header->summary, 0);
+    CHECK_EQ(opened.header->state, SHM_POOL_OPEN);
+    CHECK_EQ(opened.header->cap, 70);
+    CHECK_EQ(opened.header->bound, 70);
+    CHECK_EQ(opened.header->upstream, UPSTREAM_UNPROVED);
     CHECK(opened.header->next_connection > 0);
+    unformat();
+}
+
+/* A slab with slots to grow into begins with fewer. */
+static void capped_slab(void)
+{
+    struct slab_identity who = play_identity();
+    format(70, 3, 65);
+    who.cap = 7;
+    slab_format_new(&slab, base, &the_layout, &who);
+    CHECK_EQ(slab.header->cap, 7);
+    CHECK_EQ(slab.header->bound, 7);
     unformat();
 }
 
@@ -151,8 +169,10 @@ static void damaged_slabs(void)
     expect(SLAB_BAD_TEXT);
     slab.header->state = 0;
     expect(SLAB_BAD_STATE);
-    slab.header->state = 3;
+    slab.header->state = SHM_POOL_DRAINING + 1;
     expect(SLAB_BAD_STATE);
+    slab.header->state = SHM_POOL_PAUSED;
+    expect(SLAB_OK);
     slab.header->state = SHM_POOL_CLOSED;
     expect(SLAB_OK);
     unformat();
@@ -193,6 +213,7 @@ int main(void)
     RUN(layout_regions);
     RUN(header_is_a_contract);
     RUN(fresh_slab);
+    RUN(capped_slab);
     RUN(long_texts);
     RUN(damaged_slabs);
     RUN(flipped_bits);

@@ -1,0 +1,72 @@
+/* steering.h: changing a pool while it runs: its state, its cap, which connections shall end. On the slab alone, so that who is no
+ * member of the pool can do it too.
+ *
+ *   from               to         function          meaning
+ *   OPEN, DRAINING     PAUSED     steering_state    who wants a connection waits
+ *   OPEN, PAUSED       DRAINING   steering_state    who waits already is served, later ones are refused; what is idle or returned ends
+ *   PAUSED, DRAINING   OPEN       steering_state    as before
+ *   any                CLOSED     steering_state    for ever
+ *
+ * SHM_ATTENTION in the summary says that the state is not OPEN; it alone is looked at by a warm get() and release(). It follows the state
+ * (steering_settle): set or cleared after a look at the state, which is looked at again until it has not changed meanwhile. So whatever the order
+ * of two who steer at once, it ends up set unless the state is OPEN.
+ *
+ * The cap: only slots below `cap` open connections. A smaller cap leaves connections beyond it (in slots from `cap` to `bound`), which end when they are
+ * idle or returned. While there is one, who opens a connection counts all (pool_take_empty).
+ * ORDER(cap): seq_cst. Who claims an empty slot claims it and then looks at the cap; who lowers the cap stores it and then looks at the slots: one of
+ * the two sees the other. `bound` is raised before `cap`: who finds a slot used finds it within the bound. Weaker: a connection that
+ * neither counts, or that no scan meets.
+ *
+ * A condemned connection has SHM_KIND_ENDING and an expires_ns that says why. Both are hints of a kind: set beside a new connection of the slot by a
+ * race, they end that one at its first return, and nothing is lost.
+ *
+ * Not here: ending connections (pool.c), who may steer (the segment's owner and mode).
+ */
+#ifndef SHMPOOL_STEERING_H
+#define SHMPOOL_STEERING_H
+
+#include "slot.h"
+#include "waiter.h"
+
+/* "open", "paused", ...; "invalid" for what is no state */
+const char *steering_state_name(enum pool_state state);
+/* 0 when there is no such state */
+enum pool_state steering_state_named(const char *name);
+
+static inline enum pool_state steering_now(const struct slab *slab)
+{
+    if (SHM_LIKELY(!(SHM_LOAD_SEQ(queue, slab->header->summary) & SHM_ATTENTION)))
+        return SHM_POOL_OPEN;
+    return (enum pool_state)SHM_LOAD_SEQ(queue, slab->header->state);
+}
+
+/* Bring the attention bit in line with the state. Whoever died between the two is made good by the next to steer, and by maintenance. */
+void steering_settle(struct slab *slab);
+/* Change the state and wake all waiters. False: it is closed (or in that state already). */
+bool steering_state(struct slab *slab, enum pool_state to);
+/* Slots that may be used: [0, bound). */
+static inline uint32_t steering_bound(const struct slab *slab)
+{
+    uint32_t bound = SHM_LOAD_SEQ(cap, slab->header->bound);
+    return SHM_LIKELY(bound <= slab->layout.max_slots) ? bound : slab->layout.max_slots;
+}
+static inline uint32_t steering_cap(const struct slab *slab)
+{
+    uint32_t cap = SHM_LOAD_SEQ(cap, slab->header->cap);
+    return SHM_LIKELY(cap <= slab->layout.max_slots) ? cap : slab->layout.max_slots;
+}
+/* Make it `cap` (1..max_slots): condemn what is beyond it, wake all waiters when it grows. Returns what it was. */
+uint32_t steering_resize(struct slab *slab, uint32_t cap);
+/* Condemn the connection of a slot, which was seen with that id; `why`: SHM_EXPIRES_*. False: it is another one by now. */
+bool steering_condemn(struct slab *slab, uint32_t slot, uint64_t connection, uint64_t why);
+/* Condemn every connection of that id (0: any) whose peer begins with these bytes (none: any); `leased`: also those that are in use, else only
+ * idle ones. How many there were. */
+uint32_t steering_evict(struct slab *slab, uint64_t connection, const void *peer, size_t peer_size, bool leased);
+/* Condemn what is open beyond the cap (again, in maintenance: who lowered it may have died in the middle). */
+void steering_enforce(struct slab *slab);
+/* Is less open than the cap allows? */
+bool steering_has_room(const struct slab *slab);
+/* Does that slot, DIALING by the caller, keep the cap? */
+bool steering_has_permit(const struct slab *slab, uint32_t slot);
+
+#endif
