@@ -18,7 +18,7 @@ SLAB_MAGIC: bytes
 def layout(slots: int, workers: int, waiters: int, /) -> tuple[int, int, int]: ...
 def byte_is_locked(fd: int, byte: int, /) -> bool: ...
 def remove_segment(path: str, slab_id: bytes, /) -> bool: ...
-def call_soon(callable: Callable[[], object], /) -> None: ...
+def call_soon(function: Callable[[], object], /) -> None: ...
 def family_join(fd: int, /) -> None: ...
 def publish(private_path: str, public_path: str, /) -> None: ...
 
@@ -107,13 +107,16 @@ class PoolBase:
         """Lease a connection, waiting up to `timeout` seconds (None: the pool's `get_timeout`; 0: for nobody's return).
 
         In order: an idle connection this process used last; one from the shared list; one out of another process's
-        cache; a new one, if the cap allows; what a dead process held; else the first that is returned, in the order of
-        arrival. `protocol` and `ip_version` restrict the choice.
+        cache; a new one, if the cap allows; what a dead process held; else the first that is there, in the order of
+        arrival: one that is returned, or one that is being dialled meanwhile. In a pool that listens: the next client
+        that is new or has something to be read. `protocol` and `ip_version` restrict the choice. While the pool is
+        paused, everybody waits.
 
-        Raises PoolTimeout, PoolClosed, DialError (the server cannot be reached; the permit is free again),
-        PoolExhausted (more than `max_waiters` wait, or more than `max_workers` processes take part),
-        NoConnectionForProtocol, NoConnectionForIPVersion, or what a signal handler raised meanwhile. Threads may call
-        it at once; the interpreter's lock is released while waiting and dialling. It works in forked children as it is.
+        Raises PoolTimeout, PoolClosed (closed, left, or draining), DialError (the server cannot be reached, or is known
+        to be down, see `when_down`; the permit is free again), PoolExhausted (more than `max_waiters` wait, or more
+        than `max_workers` processes take part), NoConnectionForProtocol, NoConnectionForIPVersion, or what a hook or a
+        signal handler raised meanwhile. Threads may call it at once; the interpreter's lock is released while waiting
+        and dialling. It works in forked children as it is.
         """
 
     def try_get(
@@ -123,7 +126,7 @@ class PoolBase:
     ) -> PooledConnection:
         """Lease a connection without waiting for anybody's return: an idle one, or a new one if the cap allows.
 
-        Raises PoolExhausted when there is neither; otherwise as `get()`.
+        Raises PoolExhausted when there is neither, or the pool is paused; otherwise as `get()`.
         """
 
     def get_tcp(self, timeout: float | None = None) -> PooledConnection:
@@ -158,7 +161,7 @@ class PoolBase:
     def _note_path(self, path: str, /) -> None: ...
     def _identity(self) -> tuple[bytes, str]: ...
     def _mail(self, slot: int, connection: int, fd: int, /) -> bool: ...
-    def _open(self, mask: int, /) -> bool: ...
+    def _open(self, mask: int, limit: float = ..., /) -> bool: ...
     def _recover(self) -> int: ...
     def _expire(self, minimum: int, /) -> int: ...
     def _retire_idle(self) -> int: ...

@@ -332,6 +332,15 @@ def _setting(default: Any, kind: _Kind, *, own: bool = False) -> Any:
     return field(default=default, metadata={"kind": kind, "own": own})
 
 
+def checked_timeout(value: float) -> float:
+    """Seconds from 0, math.inf for ever; TypeError or ValueError for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"timeout must be seconds as a number, not {value!r}")
+    if not value >= 0:
+        raise ValueError(f"timeout must be seconds >= 0, not {value!r}")
+    return value
+
+
 # The configuration --------------------------------------------------------------------------------------------------
 
 

@@ -246,6 +246,14 @@ def _is_shut(sock: socket.socket) -> bool:
 # Failures, for other processes --------------------------------------------------------------------------------------
 
 FAILURE_BYTES = 127
+_OWN_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EACCES, errno.EPERM}
+_OWN_ERRORS = (MemoryError, ImportError, NameError, TypeError, AttributeError, ConnectionAbortedError)
+
+
+def says_nothing(cause: BaseException | None) -> bool:
+    """Whether a dial failed for a reason of its own process, which tells other processes nothing about the server: no
+    descriptor or memory left, no right to connect, a bug in a `dial` or hook, a dial that was cut short."""
+    return isinstance(cause, _OWN_ERRORS) or (isinstance(cause, OSError) and cause.errno in _OWN_ERRNOS)
 
 
 def pack_failure(error: DialError) -> bytes:

@@ -124,7 +124,11 @@ class _Hand:
     def __init__(self, name: str) -> None:
         self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self.thread = threading.Thread(target=_serve, args=(self.jobs,), name=name, daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except BaseException:  # a signal handler's: it may have begun
+            self.jobs.put(None)
+            raise
 
 
 def _serve(jobs: SimpleQueue[_Job | None]) -> None:
@@ -274,7 +278,7 @@ def check_idle(
     if check is None:
         pool._look_over(interval, only_private)
         return False
-    if not checker.ready(pool.name):
+    if checker.runs_here() or not checker.ready(pool.name):  # a check that calls maintain() does not wait for itself
         return False
     while not stop() and (conn := pool._check_begin(interval, only_private)) is not None:
         _check(pool, checker, check, conn, complain)

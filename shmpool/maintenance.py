@@ -344,6 +344,9 @@ class Maintenance:
                 )
             self._cannot_start = True
             return
+        except BaseException:  # a signal handler's: it may have begun
+            run.stop()
+            raise
         self._run = run
 
     def kick(self) -> None:
@@ -631,5 +634,5 @@ _resumes_due = 0  # touched by the main thread alone
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 # CPython 3.13.0 to 3.13.9, and 3.14.0, count threads for their warning after these hooks (gh-137109): after a fork in
 # the main thread ours begin when os.fork() has returned. So this hook has no step in Python, where it would be called
-# already. After a fork in another thread they begin at once: there the warning is right, and the main one may be asleep.
+# already. After a fork in another thread they begin at once: the warning is right there, the main one may be asleep.
 os.register_at_fork(after_in_parent=functools.partial(_core.call_soon, _resume_soon))

@@ -35,8 +35,8 @@ from types import TracebackType
 from typing import Any
 
 from . import _core, rendezvous, serving, slab
-from .config import IPVersion, PoolConfig, Protocol, Target
-from .dialing import DialRequest, buckets_of, dial_target, pack_failure, unpack_failure
+from .config import IPVersion, PoolConfig, Protocol, Target, checked_timeout
+from .dialing import DialRequest, buckets_of, dial_target, pack_failure, says_nothing, unpack_failure
 from .errors import (
     DescriptorsLost,
     DialError,
@@ -268,7 +268,7 @@ class Pool(_core.PoolBase):
     def _settings(self) -> tuple[Any, ...]:
         """What this process wants of the pool, as the core takes it."""
         config = self._config
-        max_idle = config.effective_max_idle
+        idle_limit = 0 if config.max_idle_connections is None else config.max_idle_connections + 1
         options = (
             0 if config.listening else config.local_cache_size,  # its get() goes another way
             config.alive_bypass,
@@ -278,7 +278,7 @@ class Pool(_core.PoolBase):
             config.udp_clear_max_packets,
             config.stats,
             config.effective_min_connections,
-            max_idle if max_idle < config.max_connections else 0,
+            idle_limit,
         )
         dials = (
             *config.dial_backoff,
@@ -430,15 +430,15 @@ class Pool(_core.PoolBase):
         They are opened in the background, by whichever process does it; in one without a maintenance thread this call
         opens them. Raises PoolTimeout, with the last dial's error as its cause, or PoolClosed.
         """
-        timeout = self._config.get_timeout if timeout is None else timeout
+        timeout = self._config.get_timeout if timeout is None else checked_timeout(timeout)
         begun = time.monotonic()
         while True:
             self._refuse_closed()
             if self._open_connections() - self._counts()["dialing"] >= self._config.effective_min_connections:
                 return
             if not self._maintenance.is_running():
-                with contextlib.suppress(DialError):
-                    self._open(self._whole_mask())
+                with contextlib.suppress(DialError, PoolTimeout):
+                    self._open(self._whole_mask(), max(0.001, begun + timeout - time.monotonic()))
             waited = time.monotonic() - begun
             if waited >= timeout:
                 raise self._error("timeout", self._whole_mask(), waited, timeout)
@@ -489,13 +489,14 @@ class Pool(_core.PoolBase):
         pool stays so until resume() or close(). Raises PoolClosed.
         """
         self._refuse_closed()
+        checked_timeout(timeout)
         if self._steer("draining"):
             self._log(logging.INFO, "pool %r is draining", reason="draining")
         deadline = time.monotonic() + timeout
         while True:
             self._retire_idle()
             out = self._leases_out()
-            if not out or time.monotonic() >= deadline:
+            if not (out or self._counts()["idle"]) or time.monotonic() >= deadline:
                 return out
             time.sleep(_POLL_S)
             self._recover()  # a holder may die meanwhile
@@ -517,7 +518,9 @@ class Pool(_core.PoolBase):
         self._refuse_closed()
         packed = b"" if peer is None else pack_peer(peer)
         named = connection_id is not None or peer is not None
-        if connection_id is not None and connection_id < 1:
+        if connection_id is not None and (isinstance(connection_id, bool) or not isinstance(connection_id, int)):
+            raise TypeError(f"connection_id must be the number of a connection, not {connection_id!r}")
+        if connection_id is not None and not 0 < connection_id < 1 << 63:
             return 0
         found = self._evict(connection_id or 0, packed, leased or named)
         self._expire(self._config.effective_min_connections)
@@ -532,7 +535,7 @@ class Pool(_core.PoolBase):
         waiting for that. The pool's name is free when this returns. Closing a pool that is closed, or that this process
         has left, does nothing.
         """
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + checked_timeout(timeout)
         if self._left():
             return 0
         slab_id, _ = self._identity()
@@ -825,7 +828,7 @@ class Pool(_core.PoolBase):
             took = time.monotonic() - begun
             if self.closed:  # and the dial cut short for it, perhaps
                 raise PoolClosed(pool=self._name, left=self._left()) from error
-            if thread in self._interrupted or isinstance(error.__cause__, ConnectionAbortedError):
+            if thread in self._interrupted or says_nothing(error.__cause__):
                 self._upstream_untried(seen)
             elif left < config.connection_timeout and took >= left:  # cut short by the caller's own deadline
                 waited = timeout - left + took
@@ -861,8 +864,22 @@ class Pool(_core.PoolBase):
             return cause
         error = DialError(target=self._source(), attempt=attempt)
         error.__cause__ = cause
-        self._dial_failed(error, seen)
+        if says_nothing(cause):
+            self._upstream_untried(seen)
+        else:
+            self._dial_failed(error, seen)
         return error
+
+    @staticmethod
+    def _forget_thread() -> None:
+        """A dial in a thread of the core's has ended. What asked for the current thread there (logging does) has left a
+        dummy behind, which Python before 3.13 would count for ever."""
+        active: dict[int, threading.Thread] = getattr(threading, "_active", {})
+        lock = getattr(threading, "_active_limbo_lock", contextlib.nullcontext())
+        ident = threading.get_ident()
+        if isinstance(active.get(ident), getattr(threading, "_DummyThread", ())):
+            with lock:
+                active.pop(ident, None)
 
     def _end_dials(self) -> None:
         """This process gives its part back: no dial of it goes on in a thread that nobody sees. What a program's own
@@ -887,11 +904,11 @@ class Pool(_core.PoolBase):
 
     def _call_dial(self, request: DialRequest) -> tuple[socket.socket, bytes]:
         """Call the dial of this pool; every failure of it is a DialError with its cause."""
+        if self._target is not None:  # every failure of it is a DialError; what else comes here, a signal handler raised
+            return dial_target(self._target, request, self._config), b""
+        assert self._config.dial is not None
         started = time.monotonic()
         try:
-            if self._target is not None:
-                return dial_target(self._target, request, self._config), b""
-            assert self._config.dial is not None
             result: Any = self._config.dial(request)
             try:
                 return socket_and_metadata(result)

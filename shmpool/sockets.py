@@ -5,6 +5,7 @@ Imports only config, errors and the core. Not here: opening a connection (dialin
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import socket
 import struct
@@ -78,9 +79,9 @@ class PooledSocket(socket.socket):
         self._mark[0] |= self.RUINED
         return super().detach()
 
-    def __del__(self) -> None:
-        # One that was taken away from its holder is dropped, not closed, by the pool: the holder may be in a call.
-        socket.socket.close(self)
+    # One that was taken away from its holder is dropped, not closed, by the pool: the holder may be in a call. Not a
+    # step of Python: an exception of a signal handler would vanish in it.
+    __del__ = _socket.socket.close
 
 
 def is_private(sock: socket.socket) -> bool:
@@ -154,9 +155,9 @@ def peer_of(bucket: int, address: bytes) -> tuple[str, int] | None:
 
 def pack_peer(peer: tuple[str, int] | str) -> bytes:
     """What the slab's peers begin with that are at this address, (address, port) or an address; ValueError."""
-    host, port = (peer, None) if isinstance(peer, str) else peer
     try:
+        host, port = (peer, None) if isinstance(peer, str) else peer
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host.partition("%")[0])
         return packed.ljust(16, b"\0") + (b"" if port is None else struct.pack("!H", port))
-    except (OSError, TypeError, struct.error) as error:
+    except (OSError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise ValueError(f"{peer!r} is no address, nor (address, port)") from error

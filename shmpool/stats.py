@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from .config import PoolConfig
+from .dialing import unpack_failure
 
 __all__ = ["ConnectionStats", "Latency", "PoolStats", "WorkerStats"]
 
@@ -293,7 +294,7 @@ class PoolStats(_Record):
             waiting=len(waiters),
             oldest_wait=max((_elapsed(snapshot, waiter["since_ns"]) for waiter in waiters), default=0.0),
             upstream=upstream["state"],
-            upstream_error=upstream["error"] if down else "",
+            upstream_error=unpack_failure(upstream["error"])[0] if down else "",
             upstream_down_for=_elapsed(snapshot, upstream["since_ns"]) if down else 0.0,
             upstream_retry_in=_remaining(snapshot, upstream["retry_ns"]) if upstream["state"] == "down" else 0.0,
             upstream_failures=upstream["failures"],

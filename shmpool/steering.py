@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import _core, slab
-from .config import PoolConfig
+from .config import PoolConfig, checked_timeout
 from .errors import InvalidConfig, PoolClosed, PoolError, PoolNotFound, SlabCorrupt
 from .sockets import pack_peer
 
@@ -89,6 +89,7 @@ def drain(name: str, timeout: float = DRAIN_TIMEOUT_S) -> int:
     Waits up to `timeout` seconds until nothing is in use and, where members have maintenance, nothing is open; returns
     how many leases are still out. It stops waiting when somebody resumes the pool.
     """
+    checked_timeout(timeout)
     with _opened(name) as view:
         _steer(view, name, "draining")
         return _wait_for_leases(view, timeout, "draining")
@@ -97,6 +98,7 @@ def drain(name: str, timeout: float = DRAIN_TIMEOUT_S) -> int:
 def close(name: str, timeout: float = 0.0) -> int:
     """Close the pool for all processes, and free its name: waiting and later calls get PoolClosed, idle connections
     end, leased ones at their return. Waits up to `timeout` seconds for the leases; returns how many are still out."""
+    checked_timeout(timeout)
     with _opened(name) as view:
         _steer(view, name, "closed")
         slab.remove_own(name, view.identity()[0])
@@ -159,6 +161,7 @@ def recover(name: str, timeout: float = RECOVER_TIMEOUT_S) -> int:
     done, at most `timeout` seconds. Raises Unattended when it is not, and as soon as it is clear that no member has
     maintenance.
     """
+    checked_timeout(timeout)
     begun = time.monotonic()
     unattended_since = begun
     dead: dict[tuple[int, int], int] = {}

@@ -192,7 +192,7 @@ class ExclusiveServer:
         return reply
 
     def stats(self) -> dict[str, Any]:
-        """Counts so far: `open`, `max_open`, `accepted`, `violations`, `violation_log`, `begins`, `ends`,
+        """Counts so far: `open`, `max_open`, `accepted`, `resets`, `violations`, `violation_log`, `begins`, `ends`,
         `abandoned` (connections that ended inside a BEGIN), `requests`, `by_prefix`, `connections` (the open ones:
         number → {"token", "requests"})."""
         reply: dict[str, Any] = self.control("STATS")
@@ -228,6 +228,14 @@ class ExclusiveServer:
     def refuse(self) -> None:
         """Stop listening: dials get ECONNREFUSED; open connections live on."""
         self.control("REFUSE")
+
+    def hang(self) -> None:
+        """Be there and answer no dial (TCP only): connect() waits; open connections live on."""
+        self.control("HANG")
+
+    def reset(self) -> None:
+        """Take each dial and reset it at once, counted as `resets`; open connections live on."""
+        self.control("RESET_DIALS")
 
     def listen(self) -> None:
         """Listen again on the same address."""
@@ -458,11 +466,13 @@ class _Exclusive:
         self.control = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.epoll.register(self.control, select.EPOLLIN)
         self.listener: socket.socket | None = None
+        self.resetting = False
+        self.fillers: list[socket.socket] = []  # while it hangs: they have its accept queue
         self.holder: socket.socket | None = None  # keeps the TCP port ours while nobody listens there
         self.open_listener()
 
     def zero(self) -> None:
-        self.accepted = self.violations = self.begins = self.ended = self.abandoned = self.requests = 0
+        self.accepted = self.violations = self.begins = self.ended = self.abandoned = self.requests = self.resets = 0
         self.max_open = len(self.peers)
         self.violation_log: list[str] = []
         self.by_prefix: dict[bytes, int] = {}
@@ -499,10 +509,27 @@ class _Exclusive:
             self.port = self.holder.getsockname()[1]
 
     def close_listener(self) -> None:
+        for sock in self.fillers:
+            sock.close()
         if self.listener is not None:
-            self.epoll.unregister(self.listener)
+            if not self.fillers:
+                self.epoll.unregister(self.listener)
             self.listener.close()
             self.listener = None
+        self.fillers = []
+        self.resetting = False
+
+    def hang(self) -> None:
+        """A listener whose accept queue is full, and stays so: the kernel drops who wants to connect."""
+        self.close_listener()
+        self.open_listener()
+        assert self.listener is not None
+        self.epoll.unregister(self.listener)
+        self.listener.listen(0)
+        for _ in range(4):  # more than the queue has room for
+            self.fillers.append(socket.socket(self.listener.family))
+            self.fillers[-1].setblocking(False)
+            self.fillers[-1].connect_ex(self.listener.getsockname())
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -513,6 +540,11 @@ class _Exclusive:
         except OSError:
             return
         self.sweep()
+        if self.resetting:
+            self.resets += 1
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+            return
         sock.setblocking(False)
         if self.kind != "unix":
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -645,7 +677,15 @@ class _Exclusive:
             self.zero()
         elif verb == "REFUSE":
             self.close_listener()
+        elif verb == "HANG":
+            self.hang()
+        elif verb == "RESET_DIALS":
+            self.close_listener()
+            self.open_listener()
+            self.resetting = True
         elif verb == "LISTEN":
+            if self.resetting or self.fillers:
+                self.close_listener()
             self.open_listener()
         elif verb == "DELAY":
             self.delay_s = float(words[1])
@@ -688,6 +728,7 @@ class _Exclusive:
             "open": len(self.peers),
             "max_open": self.max_open,
             "accepted": self.accepted,
+            "resets": self.resets,
             "violations": self.violations,
             "violation_log": self.violation_log,
             "begins": self.begins,

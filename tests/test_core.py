@@ -157,7 +157,7 @@ def test_stem_under_address_sanitizer(builder: Builder, stem: str) -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("stem", ["descriptors", "pool", "rendezvous"])
+@pytest.mark.parametrize("stem", ["descriptors", "pool", "rendezvous", "steering", "upstream"])
 def test_stem_under_thread_sanitizer(builder: Builder, stem: str) -> None:
     check(builder.program(f"test_{stem}", THREAD))
 
@@ -290,8 +290,8 @@ MUTANTS = [
     Mutant(
         "the list of empty slots is trusted",
         "pool.c",
-        "    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++)\n        if (take_empty_slot(",
-        "    for (uint32_t slot = 0; slot < 0; slot++)\n        if (take_empty_slot(",
+        "taken == EMPTY_NOT && slot < bound; slot++)",
+        "taken == EMPTY_NOT && slot < bound * 0; slot++)",
         "crash",
         ("dial", "ended"),
     ),
@@ -527,6 +527,357 @@ MUTANTS = [
         "pool.c",
         "    uint32_t phase = FORK_READY;\n    if (pool->door)\n        rendezvous_close(pool->door);",
         "    uint32_t phase = FORK_READY;",
+        "test_pool",
+    ),
+    # the state of the server
+    Mutant(
+        "a dial that began earlier counts as another failure",
+        "upstream.c",
+        "if (upstream_is_down(word) && word != seen)",
+        "if (upstream_is_down(word) && !seen)",
+        "test_upstream",
+    ),
+    Mutant(
+        "an older failure changes the state of the server",
+        "upstream.c",
+        "if (upstream_is_down(word) && word != seen)",
+        "if (upstream_is_down(word) && !seen)",
+        *_walk("probe-late-failure"),
+    ),
+    Mutant(
+        "who may dial is check, then store",
+        "upstream.c",
+        "} while (!SHM_CAS_SEQ(upstream, slab->header->upstream, &word, next));\n    *seen = next;",
+        "} while (word != load(slab) && (word = load(slab), true));\n"
+        "    SHM_SWAP_SEQ(upstream, slab->header->upstream, next);\n    *seen = next;",
+        *_walk("probe"),
+    ),
+    Mutant("the time to the next probe does not double", "upstream.c", "length *= 2;", "length += 0;", "test_upstream"),
+    Mutant(
+        "a failed probe is the first failure again",
+        "upstream.c",
+        "upstream_is_down(word) ? upstream_step(word) + 1 : 1;",
+        "1;",
+        "test_upstream",
+    ),
+    Mutant(
+        "a probe begins early by rounding",
+        "upstream.c",
+        "(retry_ns + 999999) / 1000000",
+        "retry_ns / 1000000",
+        "test_upstream",
+    ),
+    Mutant(
+        "a herd dials when nothing is known of the server",
+        "upstream.c",
+        "if (!due && waits)",
+        "if (!due && waits && !owner)",
+        "test_upstream",
+    ),
+    Mutant(
+        "who cannot wait waits for another to find out",
+        "upstream.c",
+        "if (!due && waits)",
+        "if (!due)",
+        "test_upstream",
+    ),
+    Mutant(
+        "a probe that said nothing keeps the right to probe",
+        "upstream.c",
+        "    SHM_CAS_SEQ(upstream, slab->header->upstream, &word, next);\n}\n\nvoid upstream_suspect",
+        "    (void)next, (void)word;\n}\n\nvoid upstream_suspect",
+        "test_upstream",
+    ),
+    Mutant(
+        "recovery leaves the right to probe with the dead",
+        "recovery.c",
+        "    upstream_forget(&pool->slab, dead, clock_now());",
+        "    (void)upstream_forget;",
+        "crash",
+        ("probe-fails", "ended"),
+    ),
+    Mutant(
+        "the first success wakes nobody",
+        "upstream.c",
+        "            waiter_wake_all(slab); /* those",
+        "            (void)waiter_wake_all; /* those",
+        *_walk("herd"),
+    ),
+    Mutant(
+        "a connection that the server closed is no news of it",
+        "pool.c",
+        "if (reason == SHM_T_closed_broken)",
+        "if (reason == SHM_T_COUNT)",
+        "test_upstream",
+    ),
+    Mutant(
+        "the server is down, and who waits for a lease that is out is refused",
+        "pool.c",
+        "if (taken == TAKEN_DOWN && place && (*saw & SAW_BUSY))",
+        "if (taken == TAKEN_DOWN && !mask)",
+        "test_pool",
+    ),
+    # dials under way
+    Mutant(
+        "a dial that somebody waits for is adopted",
+        "pool.c",
+        "|| !SHM_CAS_SEQ(queue, row->mark, &marked, 0))",
+        "|| (SHM_SWAP_SEQ(queue, row->mark, 0), marked != word))",
+        "test_pool",
+    ),
+    Mutant(
+        "the mark of an orphan is not compared with the dial",
+        "pool.c",
+        "uint64_t word = slot_load(row), marked = word;",
+        "uint64_t word = slot_load(row), marked = SHM_LOAD_SEQ(queue, row->mark);",
+        "test_pool",
+    ),
+    Mutant(
+        "an adoption is check, then store",
+        "pool.c",
+        "|| !SHM_CAS_SEQ(queue, row->mark, &marked, 0))",
+        "||\n            SHM_LOAD_SEQ(queue, row->mark) != marked || (SHM_SWAP_SEQ(queue, row->mark, 0), false))",
+        *_walk("adopt-two"),
+    ),
+    Mutant("a dial for other kinds is adopted", "pool.c", " || (wanted & ~mask) || ", " || !mask || ", "test_pool"),
+    Mutant(
+        "a caller with a dial under way begins another",
+        "pool.c",
+        "if (place && place->dialling)",
+        "if (place && place->dialling && !mask)",
+        "test_pool",
+    ),
+    Mutant(
+        "who leaves its dial too late makes the next one an orphan",
+        "pool.c",
+        "    if (slot_load(&pool->slab.slots[claim->slot]) == claim->word)\n"
+        "        SHM_STORE(hint, pool->slab.slots[claim->slot].mark, claim->word);",
+        "    SHM_STORE(hint, pool->slab.slots[claim->slot].mark, slot_load(&pool->slab.slots[claim->slot]));",
+        "test_pool",
+    ),
+    Mutant(
+        "the end of a dial whose process died is told as that of a connection",
+        "pool.c",
+        "bool was_there = ",
+        "bool was_there = true || ",
+        "test_pool",
+    ),
+    # the cap
+    Mutant(
+        "the cap is looked at before the claim only",
+        "pool.c",
+        "if (SHM_LIKELY(steering_has_permit(&pool->slab, slot))) {",
+        "if (SHM_LIKELY(slot < SHM_MAX_SLOTS)) {",
+        *_walk("last-permit"),
+    ),
+    Mutant(
+        "permits are counted before the claim",
+        "pool.c",
+        "slot >= steering_cap(&pool->slab) || !slot_move(row, &word, pool->worker, SLOT_DIALING))\n"
+        "        return EMPTY_NOT;\n    if (SHM_LIKELY(steering_has_permit(&pool->slab, slot))) {",
+        "slot >= steering_cap(&pool->slab) || !steering_has_room(&pool->slab) ||\n"
+        "        !slot_move(row, &word, pool->worker, SLOT_DIALING))\n"
+        "        return EMPTY_NOT;\n    if (SHM_LIKELY(slot < SHM_MAX_SLOTS)) {",
+        *_walk("last-permit"),
+    ),
+    Mutant(
+        "what is beyond the cap does not count",
+        "steering.c",
+        "count_used(slab, 0, cap) + beyond <= cap",
+        "count_used(slab, 0, cap) <= cap",
+        "test_steering",
+    ),
+    Mutant(
+        "two who step back leave the permit to nobody",
+        "pool.c",
+        "if (steering_has_room(&pool->slab)) /* two",
+        "if (!claim) /* two",
+        *_walk("last-permit-waiting"),
+    ),
+    Mutant(
+        "the bound is raised after the cap",
+        "steering.c",
+        "    while (bound < cap && !SHM_CAS_SEQ(cap, slab->header->bound, &bound, cap))\n        ;\n"
+        "    uint32_t before = SHM_SWAP_SEQ(cap, slab->header->cap, cap);",
+        "    uint32_t before = SHM_SWAP_SEQ(cap, slab->header->cap, cap);\n"
+        "    while (bound < cap && !SHM_CAS_SEQ(cap, slab->header->bound, &bound, cap))\n        ;",
+        *_walk("grow"),
+    ),
+    Mutant(
+        "a smaller cap lets what is beyond it go on",
+        "steering.c",
+        "    steering_enforce(slab); /* also",
+        "    (void)steering_enforce; /* also",
+        "test_steering",
+    ),
+    Mutant(
+        "a larger cap wakes nobody",
+        "steering.c",
+        "    if (cap > before)\n        waiter_wake_all(slab);",
+        "    (void)waiter_wake_all;",
+        *_walk("grow"),
+    ),
+    Mutant(
+        "a dial that ends beyond the cap is kept",
+        "pool.c",
+        "if (claim->slot >= steering_cap(&pool->slab)) /*",
+        "if (claim->slot >= SHM_MAX_SLOTS) /*",
+        "test_steering",
+    ),
+    Mutant(
+        "a condemned connection comes back like any other",
+        "pool.h",
+        "(SHM_KIND_UNMAILED | SHM_KIND_ENDING))",
+        "SHM_KIND_UNMAILED)",
+        "test_steering",
+    ),
+    Mutant(
+        "whichever connection the slot has is condemned",
+        "steering.c",
+        "if (SHM_LOAD(row, row->connection) != connection || ",
+        "if (!connection || ",
+        "test_steering",
+    ),
+    # the states
+    Mutant(
+        "the attention bit is changed without a look at the state after it",
+        "steering.c",
+        "    } while (state != seen);",
+        "    } while (!state);",
+        *_walk("steer"),
+    ),
+    Mutant(
+        "the attention bit is left as somebody left it who died",
+        "steering.c",
+        "    steering_settle(slab); /* in",
+        "    if (changed)\n        steering_settle(slab); /* in",
+        "crash",
+        ("pause", "ended"),
+    ),
+    Mutant(
+        "who steers wakes nobody",
+        "steering.c",
+        "    waiter_wake_all(slab);\n    return changed;",
+        "    return changed;",
+        *_walk("resume"),
+    ),
+    Mutant(
+        "a pool that is closed can be opened",
+        "steering.c",
+        "while (!changed && state != SHM_POOL_CLOSED && ",
+        "while (!changed && ",
+        "test_steering",
+    ),
+    Mutant(
+        "a pause gives to who asks",
+        "pool.c",
+        "        return TAKEN_PAUSED;",
+        "        return TAKEN_LEASED;",
+        *_walk("pause"),
+    ),
+    Mutant(
+        "a pause ends what comes back",
+        "pool.c",
+        "else if (state != SHM_POOL_PAUSED && ",
+        "else if (",
+        "test_steering",
+    ),
+    Mutant(
+        "a late release wakes in a pause",
+        "pool.c",
+        "if (state == SHM_POOL_OPEN || (state",
+        "if (state == SHM_POOL_OPEN || state == SHM_POOL_PAUSED || (state",
+        "test_steering",
+    ),
+    Mutant(
+        "a release in a pause wakes nobody, and the pool is open meanwhile",
+        "pool.c",
+        "    case SHM_POOL_PAUSED:\n        return release_and_wake(pool, claim, mask);",
+        "    case SHM_POOL_PAUSED:\n        (void)release_and_wake;\n"
+        "        return slot_move(&pool->slab.slots[claim->slot], &claim->word, pool->worker, SLOT_IDLE) ? RELEASED"
+        " : RELEASE_STALE;",
+        *_walk("resume"),
+    ),
+    Mutant(
+        "who waits is refused when the pool is drained",
+        "pool.c",
+        "return place && place->queued ? TAKEN_LEASED : TAKEN_DRAINING;",
+        "return TAKEN_DRAINING;",
+        "test_steering",
+    ),
+    Mutant(
+        "who comes later is served when the pool is drained",
+        "pool.c",
+        "return place && place->queued ? TAKEN_LEASED : TAKEN_DRAINING;",
+        "return place ? TAKEN_LEASED : TAKEN_DRAINING;",
+        "test_steering",
+    ),
+    Mutant(
+        "a drained pool ends what somebody waits for",
+        "pool.c",
+        "        if (!waiter_first(&pool->slab, mask, &seen))\n            return RELEASE_RETIRE;\n        break;",
+        "        (void)seen;\n        return RELEASE_RETIRE;",
+        "test_steering",
+    ),
+    # checks, revoked leases, maintainers
+    Mutant(
+        "a lease is checked",
+        "pool.c",
+        "if (slot_state(word) != SLOT_IDLE || !check_is_due(",
+        "if (slot_state(word) == SLOT_EMPTY || !check_is_due(",
+        "test_pool",
+    ),
+    Mutant(
+        "another's private connection is checked",
+        "pool.c",
+        "bool usable = is_private ? SHM_LOAD(row, row->private_owner) == pool->worker : ",
+        "bool usable = is_private ? pool->worker != 0 : ",
+        "test_pool",
+    ),
+    Mutant(
+        "the end of a check wakes nobody",
+        "pool.c",
+        "    freelist_put_idle(&pool->slab, claim->slot);\n"
+        "    if (SHM_LOAD_SEQ(queue, pool->slab.header->summary))\n        pool_release_late(",
+        "    freelist_put_idle(&pool->slab, claim->slot);\n    if (!claim)\n        pool_release_late(",
+        *_walk("check"),
+    ),
+    Mutant(
+        "the end of a check is not listed",
+        "pool.c",
+        "    freelist_put_idle(&pool->slab, claim->slot);\n    if (SHM_LOAD_SEQ(",
+        "    if (SHM_LOAD_SEQ(",
+        "test_pool",
+    ),
+    Mutant(
+        "recovery leaves what the dead one checked",
+        "recovery.c",
+        "if (slot_owner(word) != dead || state == SLOT_EMPTY)",
+        "if (slot_owner(word) != dead || state == SLOT_EMPTY || state == SLOT_CHECKING)",
+        "crash",
+        ("check-well", "ended"),
+    ),
+    Mutant(
+        "a slot is revoked, whoever has it by now",
+        "pool.c",
+        "    return slot_move(&pool->slab.slots[claim->slot], &claim->word, pool->worker, SLOT_RETIRING);",
+        "    claim->word = slot_load(&pool->slab.slots[claim->slot]);\n"
+        "    return slot_may_move(slot_state(claim->word), SLOT_RETIRING) &&\n"
+        "           slot_move(&pool->slab.slots[claim->slot], &claim->word, pool->worker, SLOT_RETIRING);",
+        *_walk("revoke"),
+    ),
+    Mutant(
+        "nobody helps a maintainer that is stopped",
+        "pool.c",
+        "now - last > MAINTAINER_PATIENCE_NS",
+        "now < last",
+        "test_pool",
+    ),
+    Mutant(
+        "who resigns stays the maintainer",
+        "pool.c",
+        "        byte_unlock(fd, SHM_MAINTAINER_BYTE);",
+        "        (void)byte_unlock;",
         "test_pool",
     ),
 ]

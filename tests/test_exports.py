@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import shmpool
-from shmpool import errors
+from shmpool import _core, errors
 
 PUBLIC = {
     "ClosedConnection",
@@ -56,6 +58,24 @@ def test_public_classes_say_where_they_live() -> None:
         if isinstance(value, type):
             assert value.__module__.split(".")[0] == "shmpool"
             assert value.__doc__
+
+
+def names_in(body: list[ast.stmt]) -> set[str]:
+    declared = {
+        each.target.id for each in body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    }
+    return declared | {each.name for each in body if isinstance(each, (ast.FunctionDef, ast.ClassDef))}
+
+
+def test_the_types_of_the_core_name_what_it_has() -> None:
+    """No more and no less; which methods of Python's own a class has, it need not say."""
+    stub = ast.parse(Path(shmpool.__file__).with_name("_core.pyi").read_text(encoding="utf-8"))
+    pairs: list[tuple[object, list[ast.stmt]]] = [(_core, stub.body)]
+    pairs += [(getattr(_core, each.name), each.body) for each in stub.body if isinstance(each, ast.ClassDef)]
+    for real, body in pairs:
+        there = {name for name in vars(real) if not name.startswith("__")}
+        said = {name for name in names_in(body) if not name.startswith("__")}
+        assert said == there, real
 
 
 def test_version() -> None:

@@ -14,6 +14,7 @@ import os
 import pickle
 import select
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -734,8 +735,11 @@ def test_wrong_password() -> None:
                 for _ in range(12):  # more often than there are permits
                     with pytest.raises(redis.AuthenticationError) as caught:
                         client_of(pool).ping()
-                assert isinstance(caught.value.__cause__, DialError)
-                assert isinstance(caught.value.__cause__.__cause__, redis.AuthenticationError)
+                    cause = caught.value.__cause__
+                    assert isinstance(cause, DialError)
+                    # Soon after a refusal nobody asks again; who has met it knows what it was.
+                    assert cause.down or isinstance(cause.__cause__, redis.AuthenticationError)
+                assert 0 < pool.pool.stats().dial_attempts < 12
         with ConnectionPool.from_url(locked.url, min_connections=0) as pool:
             assert in_children(2, lambda _: client_of(pool).ping()) == [True, True]
             assert "right" not in repr(pool)
@@ -944,12 +948,39 @@ def test_settings_of_both_sides() -> None:
         assert "Dialer(tcp://[::1]:1, db=0)" in config.to_json()
 
 
+def test_settings_in_a_url_mean_what_they_mean_in_one_of_the_pools() -> None:
+    """But for the one word that was redis-py's before: its own health check, of connections that are used."""
+    query = "max_connections=7&min_connections=none&idle_timeout=inf&stats=no&dial_backoff=0.5,2&tcp_keepalive=60,5,3"
+    query += "&when_down=wait&maintenance_interval=inf&health_check_interval=9&health_check_timeout=40"
+    with ConnectionPool.from_url(f"redis://127.0.0.1:1/2?{query}") as pool:
+        config = pool.pool.config
+        assert (config.max_connections, config.min_connections, config.stats) == (7, None, False)
+        assert (config.idle_timeout, config.maintenance_interval) == (math.inf, math.inf)
+        assert (config.dial_backoff, config.tcp_keepalive, config.when_down) == ((0.5, 2.0), (60, 5, 3), "wait")
+        assert (config.health_check_interval, config.health_check_timeout) == (30, 40)
+        assert pool.make_connection().health_check_interval == 9
+
+
+def test_settings_of_sockets_are_heeded(server: RedisServer, make_pool: Callable[..., ConnectionPool]) -> None:
+    pool = make_pool(tcp_keepalive=(77, 7, 5), tcp_nodelay=False)
+    with pool.pool.get() as lease:
+        options = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_NODELAY")
+        found = [lease.socket.getsockopt(socket.IPPROTO_TCP, getattr(socket, option)) for option in options]
+    assert found == [77, 7, 5, 0]
+    dialer = Dialer(f"tcp://{server.host}:{server.port}", tcp_keepalive=False)
+    with Pool(dial=dialer, max_connections=1, min_connections=0) as given, given.get() as lease:
+        assert lease.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
         ({"target": "rediss://127.0.0.1"}, "target"),
         ({"target": "udp://127.0.0.1:1"}, "target"),
         ({"target": "redis://127.0.0.1/?get_timeout=soon"}, "get_timeout"),
+        ({"target": "redis://127.0.0.1/?stats=perhaps"}, "stats"),
+        ({"target": "redis://127.0.0.1/?on_close=print"}, "on_close"),
+        ({"listening": True}, "target"),
         ({"ssl": True}, "ssl"),
         ({"cache_config": object()}, "cache_config"),
         ({"max_connection": 3}, "max_connection"),
@@ -1020,3 +1051,46 @@ def test_idle_connections_are_pinged_before_a_command(
         info = client.client_info()
         assert int(info["id"]) != victim
         assert int(info["db"]) == 0
+
+
+def test_idle_connections_are_pinged_in_the_background(
+    server: RedisServer, make_pool: Callable[..., ConnectionPool]
+) -> None:
+    """The pool's own `health_check_interval`, of a Pool that was made by hand."""
+    checks = {"health_check": ping, "health_check_interval": 0.05, "health_check_timeout": 0.04}
+    dialer = Dialer(f"tcp://{server.host}:{server.port}")
+    with Pool(dial=dialer, max_connections=1, min_connections=1, maintenance_interval=0.01, **checks) as given:
+        client = client_of(make_pool(given))
+        wait_until(lambda: server.command_calls().get("ping", 0) >= 3, "pings")
+        first = client.client_id()
+        assert client.echo("x") == b"x"
+        server.execute("CLIENT", "KILL", "ID", str(first))
+        wait_until(lambda: given.stats().idle and given.stats().created == 2, "another takes its place")
+        assert client.client_id() != first
+        stats = given.stats()
+        assert stats.health_checks >= 3
+        assert stats.closed["unhealthy"] + stats.closed["broken"] == 1
+
+
+def test_a_refusal_is_remembered_by_who_met_it() -> None:
+    """While nobody asks the server again, other processes know no more than its text."""
+    with RedisServer(password="right") as locked:
+        settings: dict[str, Any] = {"dial_backoff": (60, 60), "max_connections": 1, "min_connections": 0}
+        with ConnectionPool(host=locked.host, port=locked.port, password="wrong", **settings) as pool:
+            client = redis.Redis(connection_pool=pool, retry=Retry(NoBackoff(), 0))
+            for _ in range(2):
+                with pytest.raises(redis.AuthenticationError, match="invalid username-password"):
+                    client.ping()
+
+            def elsewhere() -> str:
+                pool.pool.config.dial._refusal = None  # type: ignore[union-attr]  # as in a process that was not forked
+                try:
+                    return str(client.ping())
+                except redis.ConnectionError as error:
+                    return f"{type(error).__name__}: {error}"
+
+            told = Child(elsewhere).result()
+            assert told.startswith("ConnectionError: ")
+            assert "is down (the last failure: AuthenticationError: invalid username-password" in told
+            dialer = pickle.loads(pickle.dumps(pool.pool.config.dial))
+            assert dialer._refusal is None

@@ -122,7 +122,8 @@ def test_no_waiter_sleeps_its_time_away(server: ExclusiveServer, family: Family,
             turns[place] = turn
         return slowest
 
-    with proven(server, 1, resize_limit=2, every_slot=False, **BY_HAND) as pool:
+    with proven(server, 2, every_slot=False, **BY_HAND) as pool:
+        pool.resize(1)
         waiters = [family.fork(wait_often, place) for place in range(1, 1 + WAITERS)]
         for turn in range(1, TRIES + 1):
             free = holding(pool, family, way)

@@ -24,7 +24,7 @@ import pytest
 from shmpool import DialError, LeaseExpired, Pool, PoolClosed, PoolConfig, PooledConnection
 from shmpool.dialing import dial_target
 from shmpool.maintenance import FORK_PATIENCE_S, Maintenance, maintain_now
-from tests.processes import Child, Counters, Family, Latch, Way, descriptors, proven, states, until, use
+from tests.processes import LONG, Child, Counters, Family, Latch, Way, descriptors, proven, states, until, use
 from tests.servers import ExclusiveServer, exclusive_use
 
 DUTIES = ["_close_stale", "_look_over", "_overdue", "_maintainer", "_recover", "_expire", "_look_over", "_overdue"]
@@ -744,7 +744,7 @@ def test_expiry_keeps_the_minimum(server: ExclusiveServer) -> None:
         leases = [pool.get() for _ in range(5)]
         for lease in leases:
             lease.release()
-        until(lambda: held(pool).get("idle") == 2 and server.stats()["open"] == 2, "the surplus has ended")
+        until(lambda: held(pool) == {"idle": 2} and server.stats()["open"] == 2, "the surplus has ended")
         assert closed(pool)["idle"] >= 3
         for _ in range(3):
             number = ticks_of(pool)
@@ -843,6 +843,23 @@ def test_one_of_all_is_elected_and_the_next_when_it_dies(server: ExclusiveServer
             if left > 1:
                 took = until(lambda: sum(marks.list()) == 1, "another is elected", SOON_S)
                 print(f"the next one after {took * 1e3:.0f} ms")
+
+
+@pytest.mark.skipif(not LONG, reason="SHMPOOL_TEST_LONG is not set: others help only after 10 s")
+def test_others_help_when_the_elected_one_is_stopped(server: ExclusiveServer, family: Family) -> None:
+    end = family.latch()
+    with proven(server, 2, min_connections=2, maintenance_interval=math.inf, health_check_interval=0.1) as pool:
+        first = member(family, pool, end)
+        pool.wait_ready(10)
+        first.stop()
+        member(family, pool, end)
+        until(lambda: server.stats()["open"] == 2, "the server has both")
+        assert server.close_connections() == 2
+        took = until(lambda: server.stats()["open"] == 2 and held(pool) == {"idle": 2}, "new ones", 20)
+        print(f"after {took:.1f} s")
+        first.resume()
+        end.set()
+        first.wait()
 
 
 # ---- the elected one dies in the middle ------------------------------------------------------------------------------

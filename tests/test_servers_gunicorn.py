@@ -13,6 +13,7 @@ Not here: the harness (`webservers.py`), the app (`apps/web.py`).
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import random
@@ -368,7 +369,9 @@ def test_connections_are_open_before_requests(tmp_path: Path, share: Share) -> N
 
 @every_share
 def test_an_upstream_that_is_down_stops_no_worker(tmp_path: Path, share: Share) -> None:
-    with serving(tmp_path, share=share, with_hooks=True, upstream_is_down=True, min_connections=1) as server:
+    # The first requests come before the next dial is due.
+    settings: dict[str, Any] = {"min_connections": 1, "when_down": "wait"}
+    with serving(tmp_path, share=share, with_hooks=True, upstream_is_down=True, **settings) as server:
         lines = rf"\[WARNING\] shmpool: pool '{server.pool_name}': .*Connection refused.*; the worker starts without.*$"
         assert re.search(lines, server.output(), re.MULTILINE)
         server.expected.append(lines)
@@ -464,14 +467,53 @@ def test_the_arbiter_does_not_leave_for_a_worker(make: Callable[..., shmpool.Poo
 
 
 @pytest.mark.quick
-def test_a_worker_with_threads_leaves_at_its_end(make: Callable[..., shmpool.Pool]) -> None:
+@pytest.mark.parametrize("begun_by", ["Python", "another"])
+def test_a_worker_with_threads_leaves_at_its_end(make: Callable[..., shmpool.Pool], begun_by: str) -> None:
     """gunicorn calls `worker_exit` although threads still have requests in hand."""
-    pool, end = make(), threading.Event()
-    thread = threading.Thread(target=end.wait)
-    thread.start()
+    pool, begun, end = make(), threading.Event(), threading.Event()
+
+    def serve() -> None:
+        threading.current_thread()  # Python knows of it from now on
+        begun.set()
+        end.wait()
+
+    before = tasks()
+    threading.Thread(target=serve).start() if begun_by == "Python" else _thread.start_new_thread(serve, ())
     try:
+        assert begun.wait(10)
         hooks.worker_exit(Side(), Side())
         pool.get().release()
     finally:
         end.set()
-        thread.join()
+    until(lambda: tasks() <= before, "it has ended")
+    hooks.worker_exit(Side(), Side())
+    with pytest.raises(shmpool.PoolClosed):
+        pool.get()
+
+
+def tasks() -> set[str]:
+    """The threads of this process, by the kernel's account."""
+    return set(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.quick
+def test_a_worker_leaves_although_its_pools_have_threads(make: Callable[..., shmpool.Pool]) -> None:
+    first, second = make(), make()
+    assert sum(thread.name.startswith("shmpool-") for thread in threading.enumerate()) >= 2
+    hooks.worker_exit(Side(), Side())
+    for pool in (first, second):
+        with pytest.raises(shmpool.PoolClosed):
+            pool.get()
+
+
+@pytest.mark.quick
+def test_a_server_that_is_away_is_a_line_in_the_log(make: Callable[..., shmpool.Pool], deaf_port: int) -> None:
+    pool = make(target=f"tcp://127.0.0.1:{deaf_port}", min_connections=1)
+    worker = Side()
+    for _ in range(2):
+        hooks.post_worker_init(worker)
+    assert len(worker.log.lines) == 2
+    for line in worker.log.lines:
+        assert re.match(
+            rf"shmpool: pool '{pool.name}': .*[Rr]efused.*; the worker starts without its connections$", line
+        )

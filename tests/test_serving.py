@@ -60,8 +60,9 @@ def listen() -> Iterator[Callable[..., Pool]]:
     assert [pool.close() for pool in made] == [0] * len(made)
     for pool in made:
         stats = pool.stats()
-        assert stats.open == 0
-        assert stats.created == sum(stats.closed.values())
+        leaving = stats.connections["retiring"]  # in the hands of a process that gave its part back before it was done
+        assert stats.open == leaving, stats.connections
+        assert stats.created == sum(stats.closed.values()) + leaving
     made.clear()
     gc.collect()
     assert epolls() == before
@@ -616,6 +617,7 @@ def test_any_worker_serves_the_next_request(listen: Callable[..., Pool], family:
         gives_back.set()
         held = int(other.http.getresponse().read().split()[-1])
         assert {held, free} == pids
+        until(lambda: pool.stats().idle == 2, "both are given back")
         workers[[worker.pid for worker in workers].index(free)].kill()
         assert browser.server() == held  # on the connection that the dead one has served so far
         assert browser.port() == port
@@ -726,10 +728,10 @@ def test_closing_ends_every_wait(listen: Callable[..., Pool], family: Family) ->
             pool.get(timeout=math.inf)
         return "closed"
 
+    client = known(pool)
     children = [family.fork(wait_for_ever, latch) for latch in waiting]
     for latch in waiting:
         latch.wait()
-    client = known(pool)
     host, port = pool.address
     pool.close()
     assert [child.result(5) for child in children] == ["closed"] * 2
@@ -886,5 +888,5 @@ def test_the_example(end: signal.Signals) -> None:
         os.killpg(server.pid, end)
         out, errors = server.communicate(timeout=TIMEOUT_S)
         http_client.close()
-    assert (server.returncode, errors) == (0, "")
+    assert (server.returncode, errors) == (0, ""), errors
     assert "1 connections, served 2 times" in out

@@ -256,7 +256,7 @@ def upstream(**changes: Any) -> PoolStats:
 
 def test_the_state_of_the_server() -> None:
     assert (upstream().upstream, upstream(state="unproved").upstream) == ("up", "unproved")
-    since = {"since_ns": NOW - 3 * SECOND, "error": "refused", "failures": 7}
+    since = {"since_ns": NOW - 3 * SECOND, "error": "os|111|refused", "failures": 7}
     for state, retry_in in (("down", 0.5), ("probing", 0.0)):
         down = upstream(state=state, retry_ns=NOW + SECOND // 2, **since)
         assert (down.upstream, down.upstream_error, down.upstream_failures) == (state, "refused", 7)
@@ -405,7 +405,7 @@ def test_diff_takes_off_counters_and_latencies_and_keeps_gauges() -> None:
         slots=(slot(0, state="leased", owner=0),),
         totals={"created": 4, "closed_idle": 1},
         dial_hist=[(64, 66, 1), (640, 660, 3)],
-        upstream={**snapshot()["upstream"], "state": "down", "error": "refused", "failures": 7},
+        upstream={**snapshot()["upstream"], "state": "down", "error": "os|111|refused", "failures": 7},
     )
     change = later.diff(earlier)
     assert change.interval == 2.0
@@ -505,7 +505,7 @@ def test_the_server_goes_and_comes_back(server: ExclusiveServer) -> None:
             pool.get()
         down = pool.stats()
         assert (down.upstream, down.upstream_failures, down.dial_failure_rate) == ("down", 1, 0.5)
-        assert "refused" in down.upstream_error
+        assert down.upstream_error == f"{server.host}: Connection refused"
         assert down.upstream_down_for < 5
         assert down.upstream_retry_in <= 0.2
         server.listen()

@@ -325,6 +325,53 @@ def test_peers_that_are_no_address(server: ExclusiveServer, name: str, peer: Any
         steering.evict(name, peer=peer)
 
 
+# Killed in the middle -----------------------------------------------------------------------------------------------
+
+
+def test_whoever_steers_may_be_killed_at_any_moment(
+    members: Callable[..., Members], name: str, server: ExclusiveServer
+) -> None:
+    random, four = chance(), members(max_connections=3, resize_limit=6)
+    gone, stop = Counters(5), four.family.latch()
+
+    def work(pool: Pool, place: int) -> None:
+        while not stop.is_set():
+            use(pool, f"worker:{place}")
+            gone[place] += 1
+
+    def steer(seed: int) -> None:
+        acts = type(random)(seed)
+        while True:
+            acts.choice((steering.pause, steering.resume, steering.evict))(name)
+            steering.resize(name, acts.randint(1, 6))
+            gone[4] += 1
+
+    four.keeper()
+    workers = [four.fork(work, place) for place in range(4)]
+    until(lambda: min(gone.list()[:4]) > 0, "all are at work")
+    for _ in range(40):
+        steered = gone[4]
+        child = four.family.fork(steer, random.randrange(1 << 32))
+        until(lambda steered=steered: gone[4] > steered, "it steers")  # type: ignore[misc]
+        time.sleep(random.random() * 0.003)  # sleep: until some moment of it
+        child.kill()
+        four.family.forget(child)
+    steering.resize(name, 2)
+    steering.resume(name)
+    until(lambda: four.stats().open <= 2, "the cap is kept")
+    server.reset_stats()
+    before = gone.list()
+    until(lambda: all(map(int.__gt__, gone.list()[:4], before)), "all are at work again")
+    assert server.stats()["max_open"] <= 2
+    stop.set()
+    for worker in workers:
+        worker.result()
+    assert server.stats()["violations"] == 0
+    assert four.fork(lambda pool: len([pool.get(timeout=5) for _ in range(2)])).result() == 2
+    stats = four.stats()
+    assert stats.created == sum(stats.closed.values()) + stats.open
+
+
 # recover ------------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +492,19 @@ def test_no_such_pool(act: Callable[[str], object], name: str) -> None:
         act(name)
     with pytest.raises(InvalidConfig):
         act("../x")
+
+
+@pytest.mark.parametrize("act", [steering.drain, steering.recover, steering.close])
+@pytest.mark.parametrize(
+    ("timeout", "error"), [(-1, ValueError), (math.nan, ValueError), ("1", TypeError), (None, TypeError)]
+)
+def test_timeouts_that_are_none(
+    act: Callable[[str, Any], object], timeout: Any, error: type[Exception], server: ExclusiveServer, name: str
+) -> None:
+    with Pool(server.url, name=name, min_connections=0) as pool:
+        with pytest.raises(error, match="timeout must be seconds"):
+            act(name, timeout)
+        assert pool.state == "open"
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ static PyTypeObject *pool_type, *view_type;
 static LeaseObject *spares; /* dead leases to be used again; the GIL guards them */
 static int spare_count;
 #endif
+static PyObject *socket_close; /* of _socket.socket */
 static PyObject *lease_expired, *pool_closed, *pool_exhausted, *dial_error; /* of shmpool.errors */
 
 /* ---- small helpers ---- */
@@ -127,6 +128,17 @@ struct parts entry_take(struct entry *entry)
 /* Drop the session first (it may still say good-bye), then close our copy. Errors of either go to the unraisable hook. */
 void parts_drop_session(struct parts *parts) { Py_CLEAR(parts->session); }
 
+/* Does a makefile() of the socket exist, which shares its descriptor? Then Python's close() leaves it to that. Else it is closed without a
+ * step of Python, in which a signal handler could raise or fork. */
+static bool socket_has_files(PyObject *socket)
+{
+    PyObject *count = PyObject_GetAttrString(socket, "_io_refs");
+    bool has = count && PyObject_IsTrue(count) > 0;
+    Py_XDECREF(count);
+    PyErr_Clear();
+    return has;
+}
+
 void parts_close(struct parts *parts)
 {
     if (parts->fd >= 0)
@@ -135,17 +147,27 @@ void parts_close(struct parts *parts)
     if (parts->socket) {
         PyObject *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
-        PyObject *result = PyObject_CallMethod(parts->socket, "close", NULL);
-        if (!result && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
-            PyErr_Clear();
-            PyErr_SetInterrupt(); /* Ctrl-C landed here by chance: it comes again when this is done */
-        } else if (!result)
+        PyObject *result = socket_has_files(parts->socket) ? PyObject_CallMethod(parts->socket, "close", NULL)
+                                                           : PyObject_CallOneArg(socket_close, parts->socket);
+        if (!result)
             PyErr_WriteUnraisable(parts->socket);
         Py_XDECREF(result);
         PyErr_Restore(type, value, traceback);
     }
     Py_CLEAR(parts->socket);
     Py_CLEAR(parts->note);
+}
+
+/* What we have of a connection that has ended elsewhere. Our own holder of it, whose lease was revoked, may be in the middle of a call: its
+ * socket object is closed when nobody has it any more (PooledSocket.__del__). */
+void parts_let_go(struct entry *entry)
+{
+    bool noted = entry->dirty != always_dirty;
+    struct parts old = entry_take(entry);
+    parts_drop_session(&old);
+    if (noted)
+        Py_CLEAR(old.socket);
+    parts_close(&old);
 }
 
 /* This process has not seen the slot's connection: drop what it has of an older one and fetch this one from the mailbox.
@@ -155,9 +177,7 @@ int entry_fetch(PoolObject *self, uint32_t slot)
     struct pool *pool = &self->pool;
     struct entry *entry = &pool->entries[slot];
     struct slot_shm *row = &pool->slab.slots[slot];
-    struct parts old = entry_take(entry);
-    parts_drop_session(&old);
-    parts_close(&old);
+    parts_let_go(entry);
     uint64_t connection = SHM_LOAD(row, row->connection);
     struct letter letter;
     int fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
@@ -233,6 +253,32 @@ static PyObject *ended_list(struct ended *notes)
     return list;
 }
 
+static int raise_now(void *error)
+{
+    PyErr_SetObject((PyObject *)Py_TYPE((PyObject *)error), error);
+    Py_DECREF((PyObject *)error);
+    return -1;
+}
+
+/* A signal handler has raised (nothing else does) where nobody can hear it: it is raised again at the next step of the main thread, in which
+ * handlers run. */
+static void raise_soon(PyObject *where)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback)
+        PyException_SetTraceback(value, traceback);
+    if (gettid() != getpid() || Py_AddPendingCall(raise_now, Py_NewRef(value))) {
+        PyErr_Restore(type, value, traceback);
+        PyErr_WriteUnraisable(where);
+        return;
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+}
+
 /* Tell Python (the log, on_close) which connections this process has ended. Keeps a pending exception; raises none. */
 void tell_ended(PoolObject *self)
 {
@@ -244,7 +290,7 @@ void tell_ended(PoolObject *self)
     PyObject *list = ended_list(notes);
     PyObject *result = list ? PyObject_CallMethod((PyObject *)self, "_ended", "O", list) : NULL;
     if (!result)
-        PyErr_WriteUnraisable((PyObject *)self);
+        raise_soon((PyObject *)self);
     Py_XDECREF(result);
     Py_XDECREF(list);
     PyErr_Restore(type, value, traceback);
@@ -261,7 +307,8 @@ int entry_fd(struct pool *pool, uint32_t slot)
 {
     struct entry *entry = &pool->entries[slot];
     bool current = entry->connection && entry->connection == SHM_LOAD(row, pool->slab.slots[slot].connection);
-    return current && !(*entry->dirty & MARK_RUINED) ? entry->fd : -1;
+    bool noted = entry->dirty != always_dirty; /* else nobody notes what becomes of the socket: the letter has the connection */
+    return current && noted && !(*entry->dirty & MARK_RUINED) ? entry->fd : -1;
 }
 
 void entry_drop_session(struct entry *entry)
@@ -272,11 +319,12 @@ void entry_drop_session(struct entry *entry)
 }
 
 /* Close what we have of the ended connection, then free its permit. */
-void empty_slot(struct pool *pool, struct pool_claim *claim, unsigned reason)
+void empty_slot(PoolObject *self, struct pool_claim *claim, unsigned reason, uint32_t generation)
 {
-    struct parts parts = entry_take(&pool->entries[claim->slot]);
+    struct parts parts = entry_take(&self->pool.entries[claim->slot]);
     parts_close(&parts);
-    pool_empty(pool, claim, reason);
+    if (!forked_since(self, generation)) /* else the slot is the parent's */
+        pool_empty(&self->pool, claim, reason);
 }
 
 /* The claim is RETIRING by us: end it, waiting for the peer at most *linger_ns, from which the wait is taken off. The entry stays
@@ -297,7 +345,7 @@ void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reaso
         Py_END_ALLOW_THREADS
         uint64_t waited = clock_now() - begun;
         *linger_ns = waited < *linger_ns ? *linger_ns - waited : 0;
-        empty_slot(pool, claim, reason);
+        empty_slot(self, claim, reason, generation);
         tell_ended(self);
     }
     if (!pool_is_open(pool))
@@ -412,12 +460,39 @@ LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, uint32_
     return lease;
 }
 
+/* What a revoked lease's holder may have in use: kept until the lease object ends. Keeps a pending exception. */
+void revoked_keep(PoolObject *self, const struct pool_claim *claim, PyObject *socket, PyObject *session)
+{
+    if (!self->revoked)
+        self->revoked = PyDict_New();
+    PyObject *key = self->revoked ? Py_BuildValue("IK", claim->slot, (unsigned long long)claim->word) : NULL;
+    PyObject *kept = key ? PyTuple_Pack(2, socket ? socket : Py_None, session ? session : Py_None) : NULL;
+    if (!kept || PyDict_SetItem(self->revoked, key, kept))
+        PyErr_WriteUnraisable((PyObject *)self);
+    Py_XDECREF(kept);
+    Py_XDECREF(key);
+}
+
+static void revoked_forget(PoolObject *self, const struct pool_claim *claim)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyObject *key = Py_BuildValue("IK", claim->slot, (unsigned long long)claim->word);
+    if (!key || (PyDict_DelItem(self->revoked, key) && !PyErr_ExceptionMatches(PyExc_KeyError)))
+        PyErr_WriteUnraisable((PyObject *)self);
+    PyErr_Clear();
+    Py_XDECREF(key);
+    PyErr_Restore(type, value, traceback);
+}
+
 /* The lease is over. This may end the pool object: nothing of it is touched afterwards. */
 void lease_end(LeaseObject *lease)
 {
     PoolObject *owner = lease->owner;
     lease->active = false;
     lease->owner = NULL;
+    if (SHM_UNLIKELY(owner && owner->revoked != NULL))
+        revoked_forget(owner, &lease->claim);
     Py_XDECREF((PyObject *)owner);
 }
 
@@ -516,6 +591,8 @@ static bool lease_prepare_return(LeaseObject *lease)
             lease_discard_as(lease, SHM_T_closed_error);
         if (!content || !lease_is_ours(lease)) /* refused, or given back by the hook, with the whole pool perhaps */
             return false;
+        if (!lease_usable(lease)) /* revoked meanwhile: the entry may be another's */
+            return false;
     }
     if (*lease->entry->dirty) {
         bool good = lease_restore(lease);
@@ -606,11 +683,16 @@ static PyObject *lease_exit(LeaseObject *lease, PyObject *const *args, Py_ssize_
 /* Dropped without release: take it back, retire it, say so. */
 static void lease_finalize(LeaseObject *lease)
 {
-    if (!lease->active || !lease_is_ours(lease) || lease->shown)
+    if (!lease->active || !lease_is_ours(lease))
         return;
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
     lease->active = false;
+    if (lease->shown) { /* to a check that an exception has cut short */
+        retire_leased(lease->owner, &lease->claim, SHM_T_closed_unhealthy);
+        PyErr_Restore(type, value, traceback);
+        return;
+    }
     pool_count_total(&lease->owner->pool, SHM_T_leaks, 1);
     if (retire_leased(lease->owner, &lease->claim, SHM_T_closed_leaked)) {
         if (PyErr_WarnFormat(PyExc_ResourceWarning, 1,
@@ -959,6 +1041,7 @@ static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyO
         if (mailbox_deposit(pool->mailboxes[claim->slot], pool->slab.header->id, claim->slot, id, fd,
                             PyBytes_AS_STRING(note), (size_t)PyBytes_GET_SIZE(note)))
             birth.flags |= SHM_KIND_UNMAILED;
+        self->cannot_mail = birth.flags & SHM_KIND_UNMAILED;
     }
     struct entry *entry = &pool->entries[claim->slot];
     struct parts old = entry_take(entry);
@@ -983,9 +1066,13 @@ static bool created_is_welcome(PoolObject *self, struct pool_claim *claim)
     uint32_t generation = self->pool.generation;
     if (shown) {
         shown->shown = true;
+        a64_shm *mark = &self->pool.slab.slots[claim->slot].mark;
+        SHM_STORE(hint, *mark, claim->word); /* however long the hook takes: nobody has it on lease, so it is not overdue */
         answer = PyObject_CallOneArg(self->on_created, (PyObject *)shown);
         if (answer == Py_False)
             PyErr_SetString(PyExc_ConnectionError, "on_created refused the connection");
+        if (!forked_since(self, generation))
+            SHM_STORE(hint, *mark, 0);
         shown->active = false;
         lease_end(shown);
         Py_DECREF(shown);
@@ -1119,6 +1206,10 @@ static void errand_run(void *argument)
     else
         waiter_wake_first(&self->pool.slab, WAITER_ANY_BUCKET); /* who waited for this very dial may have to look for another */
     Py_END_CRITICAL_SECTION();
+    PyObject *forgotten = PyObject_CallMethod((PyObject *)self, "_forget_thread", NULL);
+    if (!forgotten)
+        PyErr_WriteUnraisable((PyObject *)self);
+    Py_XDECREF(forgotten);
     SHM_ADD(private, self->dial_threads, -1u);
     Py_DECREF(errand->outcome);
     Py_DECREF((PyObject *)self);
@@ -1153,19 +1244,19 @@ static bool dial_apart(PoolObject *self, struct pool_claim *claim, struct reques
     return true;
 }
 
+/* Does this call wait for others (their connections, their dials)? */
+static bool request_waits(const struct request *request) { return request->may_wait && request->timeout_ns; }
+
 /* Is it time for this call to give up hope of the server? It has tried as often as it may; or others have, and the next probe is not worth
  * waiting for. */
 static bool patience_is_over(PoolObject *self, const struct request *request)
 {
     struct slab *slab = &self->pool.slab;
-    if (self->wait_when_down)
+    if (self->wait_when_down && request_waits(request))
         return false;
     return request->attempts > self->dial_retries || (SHM_LOAD(hint, slab->header->upstream_failures) >= request->patience &&
                                                       upstream_left(slab, clock_now()) > UPSTREAM_NEAR_NS);
 }
-
-/* Does this call wait for others (their connections, their dials)? */
-static bool request_waits(const struct request *request) { return request->may_wait && request->timeout_ns; }
 
 /* A dial of this call has failed, with an exception. If it may go on, the exception is kept for later; else it stays. */
 static void dial_failed(PoolObject *self, struct request *request)
@@ -1339,7 +1430,7 @@ static PyObject *begin_dial(PoolObject *self, struct pool_claim *claim, struct r
 {
     request->attempts++;
     pool_announce_dial(&self->pool, claim, request->mask, false);
-    if (request_waits(request) && !claim->alone && enter_queue(self, request) && dial_apart(self, claim, request))
+    if (request_waits(request) && !claim->alone && !self->cannot_mail && enter_queue(self, request) && dial_apart(self, claim, request))
         return NULL;
     return lease_dialled(self, claim, request);
 }
@@ -1819,17 +1910,17 @@ static uint64_t limited_ns(double seconds) { return seconds > 9e9 ? NEVER : (uin
 static void take_hook(PyObject **to, PyObject *hook) { Py_XSETREF(*to, hook == Py_None ? NULL : Py_NewRef(hook)); }
 
 /* What this process wants of the pool, the same for a pool that it makes and one that it joins: (local_cache_size, alive_bypass,
- * idle_timeout, clear_udp_buffer, udp_clear_timeout, udp_clear_max_packets, stats, min_connections, max_idle or 0), (first and longest
+ * idle_timeout, clear_udp_buffer, udp_clear_timeout, udp_clear_max_packets, stats, min_connections, idle_limit), (first and longest
  * backoff, connection_timeout, dial_retries, wait when down), get_timeout, mask, on_borrow, on_return, on_created, is there an acceptor. */
 static bool take_settings(PoolObject *self, PyObject *settings, struct pool_options *options)
 {
-    unsigned cache, udp_packets, mask, minimum, max_idle, retries;
+    unsigned cache, udp_packets, mask, minimum, idle_limit, retries;
     int clear_udp, stats, wait_when_down, by_hand;
     double bypass, idle, udp_timeout, first, last, dial_limit;
     uint64_t timeout_ns;
     PyObject *timeout, *on_borrow, *on_return, *on_created;
     if (!PyArg_ParseTuple(settings, "(IddpdIpII)(dddIp)OIOOOp:settings", &cache, &bypass, &idle, &clear_udp, &udp_timeout, &udp_packets,
-                          &stats, &minimum, &max_idle, &first, &last, &dial_limit, &retries, &wait_when_down, &timeout, &mask,
+                          &stats, &minimum, &idle_limit, &first, &last, &dial_limit, &retries, &wait_when_down, &timeout, &mask,
                           &on_borrow, &on_return, &on_created, &by_hand) ||
         !seconds_ns(timeout, "get_timeout", &timeout_ns))
         return false;
@@ -1837,7 +1928,7 @@ static bool take_settings(PoolObject *self, PyObject *settings, struct pool_opti
         return PyErr_Format(PyExc_ValueError, "a pool is made once, and its settings are in range") != NULL;
     struct upstream_backoff backoff = {limited_ns(first), limited_ns(last), limited_ns(dial_limit + 1)};
     *options = (struct pool_options){cache, limited_ns(bypass), limited_ns(idle), (uint64_t)(udp_timeout * 1e9), udp_packets,
-                                     clear_udp != 0, stats != 0, minimum, max_idle, backoff};
+                                     clear_udp != 0, stats != 0, minimum, idle_limit, backoff};
     self->mask = mask;
     self->default_timeout_ns = timeout_ns;
     self->dial_retries = retries;
@@ -2111,6 +2202,7 @@ static PyObject *pool_leave__alone(PoolObject *self)
         pool_leave(&self->pool);
         Py_END_ALLOW_THREADS
         drop_entries(self);
+        tell_ended(self);
         pool_release_descriptors(&self->pool);
     }
     Py_RETURN_NONE;
@@ -2164,14 +2256,16 @@ static PyObject *pool_is_open_(PoolObject *self, PyObject *unused)
     return PyBool_FromLong(self->made && !self->finished && pool_is_open(&self->pool));
 }
 
-/* _open(mask) -> bool: open a connection and leave it idle; False when no slot is empty, the server is known to be down, or the pool
+/* _open(mask, limit) -> bool: open a connection within `limit` seconds and leave it idle; False when no slot is empty, the server is known to be down, or the pool
  * is drained. on_created runs,
  * on_borrow and on_return do not. */
 static PyObject *pool_open_(PoolObject *self, PyObject *args)
 {
     struct pool_claim claim;
     unsigned mask;
-    if (!check_made(self) || !PyArg_ParseTuple(args, "I", &mask))
+    PyObject *limit = NULL;
+    uint64_t limit_ns = NEVER;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "I|O", &mask, &limit) || (limit && !seconds_ns(limit, "timeout", &limit_ns)))
         return NULL;
     if (self->finished || !pool_is_open(&self->pool))
         return raise_error(self, "closed", mask, 0, 0);
@@ -2188,11 +2282,14 @@ static PyObject *pool_open_(PoolObject *self, PyObject *args)
     }
     if (taken != TAKEN_DIAL)
         Py_RETURN_FALSE;
-    struct request request = request_new(mask, NEVER, false);
+    struct request request = request_new(mask, limit_ns, true);
     request.attempts = 1;
     pool_announce_dial(&self->pool, &claim, mask, true);
-    if (dial(self, &claim, &request) && pool_release(&self->pool, &claim, clock_coarse()) == RELEASE_RETIRE)
+    bool kept = dial(self, &claim, &request);
+    if (kept && pool_release(&self->pool, &claim, clock_coarse()) == RELEASE_RETIRE) {
         retire_leased(self, &claim, pool_retire_reason(&self->pool, claim.slot));
+        kept = false; /* without a letter it serves one lease, and there is none here */
+    }
     if (PyErr_Occurred()) {
         PyObject *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
@@ -2201,7 +2298,7 @@ static PyObject *pool_open_(PoolObject *self, PyObject *args)
         PyErr_Restore(type, value, traceback);
         return NULL;
     }
-    Py_RETURN_TRUE;
+    return PyBool_FromLong(kept);
 }
 
 static PyObject *pool_snapshot(PoolObject *self, PyObject *unused)
@@ -2216,6 +2313,7 @@ static int pool_traverse(PoolObject *self, visitproc visit, void *arg)
     Py_VISIT(self->on_borrow);
     Py_VISIT(self->on_return);
     Py_VISIT(self->on_created);
+    Py_VISIT(self->revoked);
     for (uint32_t slot = 0; self->made && slot < self->pool.slab.layout.max_slots; slot++) {
         Py_VISIT((PyObject *)self->pool.entries[slot].socket);
         Py_VISIT((PyObject *)self->pool.entries[slot].session);
@@ -2228,6 +2326,7 @@ static int pool_clear(PoolObject *self)
     Py_CLEAR(self->on_borrow);
     Py_CLEAR(self->on_return);
     Py_CLEAR(self->on_created);
+    Py_CLEAR(self->revoked);
     return 0;
 }
 
@@ -2399,8 +2498,8 @@ static int add_magic(PyObject *module)
     return result;
 }
 
-/* The errors that the core raises or recognises itself. */
-static bool take_errors(void)
+/* What the core needs of Python modules: errors that it raises or recognises itself, and how a socket is closed. */
+static bool take_imports(void)
 {
     static const struct {
         const char *name;
@@ -2411,12 +2510,16 @@ static bool take_errors(void)
     for (size_t i = 0; errors && i < sizeof wanted / sizeof wanted[0]; i++)
         Py_XSETREF(*wanted[i].to, PyObject_GetAttrString(errors, wanted[i].name));
     Py_XDECREF(errors);
-    return lease_expired && pool_closed && pool_exhausted && dial_error;
+    PyObject *sockets = PyImport_ImportModule("_socket"), *type = sockets ? PyObject_GetAttrString(sockets, "socket") : NULL;
+    Py_XSETREF(socket_close, type ? PyObject_GetAttrString(type, "close") : NULL);
+    Py_XDECREF(type);
+    Py_XDECREF(sockets);
+    return socket_close && lease_expired && pool_closed && pool_exhausted && dial_error;
 }
 
 static int core_exec(PyObject *module)
 {
-    if (!take_errors() || !add_type(module, &lease_spec, &lease_type, "PooledConnection") ||
+    if (!take_imports() || !add_type(module, &lease_spec, &lease_type, "PooledConnection") ||
         !add_type(module, &pool_spec, &pool_type, "PoolBase") || !add_type(module, &view_spec, &view_type, "SlabView"))
         return -1;
     return PyModule_AddIntConstant(module, "MAX_SLOTS", SHM_MAX_SLOTS) ||

@@ -33,6 +33,8 @@ typedef struct {
     bool wait_when_down;
     bool accepts_by_hand; /* an acceptor of the program's takes clients from the listener */
     PyObject *on_borrow, *on_return, *on_created;
+    bool cannot_mail;     /* the last connection opened here found no room in the mailbox: it can serve nobody but who dials it */
+    PyObject *revoked;    /* {(slot, word of the lease): (socket, session)}, or NULL */
     a32_shm dial_threads; /* private: dials that go on in threads of their own */
 } PoolObject;
 
@@ -93,14 +95,17 @@ bool forked_since(PoolObject *self, uint32_t generation);
 struct parts entry_take(struct entry *entry);
 void parts_drop_session(struct parts *parts);
 void parts_close(struct parts *parts);
+void parts_let_go(struct entry *entry);
+/* Keep what a revoked lease's holder may have in use until the lease object ends. */
+void revoked_keep(PoolObject *self, const struct pool_claim *claim, PyObject *socket, PyObject *session);
 /* Our descriptor of a connection, for ending it; -1 when there is none, or when it may have been closed behind our back. */
 int entry_fd(struct pool *pool, uint32_t slot);
 void entry_drop_session(struct entry *entry);
 /* This process has not seen the slot's connection: drop what it has of an older one and fetch this one from the mailbox.
  * 1: done; 0: there is no letter that fits; -1: exception, the connection may be good. */
 int entry_fetch(PoolObject *self, uint32_t slot);
-/* Close what we have of the ended connection, then free its permit. */
-void empty_slot(struct pool *pool, struct pool_claim *claim, unsigned reason);
+/* Close what we have of the ended connection, then free its permit, unless this is a child forked since `generation`. */
+void empty_slot(PoolObject *self, struct pool_claim *claim, unsigned reason, uint32_t generation);
 /* The claim is RETIRING by us: end it, waiting for the peer at most *linger_ns, from which the wait is taken off. Releases the GIL; keeps a
  * pending exception. */
 void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reason, uint64_t *linger_ns);

@@ -87,7 +87,7 @@ static int64_t retire_idle(PoolObject *self, judge judge, void *with)
         pool_end(pool, found.claims, found.fds, found.count, CONNECTION_LINGER_NS);
         Py_END_ALLOW_THREADS
         for (uint32_t i = 0; i < found.count; i++)
-            empty_slot(pool, &found.claims[i], (unsigned)found.reasons[i]);
+            empty_slot(self, &found.claims[i], (unsigned)found.reasons[i], generation);
         tell_ended(self);
     }
     condemned_free(&found);
@@ -124,7 +124,7 @@ static int is_over(struct pool *pool, uint32_t slot, void *with)
     struct slot_shm *row = &pool->slab.slots[slot];
     uint64_t used = SHM_LOAD(row, row->last_used_ns);
     bool too_long = expiry->now > used && expiry->now - used > pool->options.idle_timeout_ns && expiry->used > expiry->minimum;
-    bool surplus = pool->options.max_idle && expiry->idle > pool->options.max_idle;
+    bool surplus = pool->options.idle_limit && expiry->idle >= pool->options.idle_limit;
     if (SHM_LOAD(row, row->expires_ns) <= expiry->now)
         return expiry->draining ? SHM_T_closed_shutdown : (int)pool_over_reason(pool, slot);
     int reason = expiry->draining             ? SHM_T_closed_shutdown
@@ -190,9 +190,7 @@ static PyObject *care_close_stale_alone(PoolObject *self)
         if (!pool->entries[slot].connection || pool->entries[slot].connection == SHM_LOAD(row, row->connection) ||
             (slot_state(word) != SLOT_IDLE && slot_owner(word) == pool->worker))
             continue; /* ours to the connection's end, or in a thread's hands here */
-        struct parts parts = entry_take(&pool->entries[slot]);
-        parts_drop_session(&parts);
-        parts_close(&parts);
+        parts_let_go(&pool->entries[slot]);
         closed++;
     }
     return PyLong_FromLong(closed);
@@ -430,6 +428,9 @@ PyObject *care_check_end(PoolObject *self, PyObject *args)
         pool_count_total(pool, SHM_T_health_failures, 1);
         ours = retire_leased(self, &lease->claim, healthy ? unfit_reason(condition) : SHM_T_closed_unhealthy);
     }
+    tell_ended(self);
+    if (!pool_is_open(pool)) /* closed meanwhile, by the check itself perhaps: this was the last that we held */
+        finish(self);
     lease_end(lease);
     return PyBool_FromLong(ours);
 }
@@ -443,10 +444,10 @@ PyObject *care_check_cut(PoolObject *self, PyObject *args)
     LeaseObject *lease = checked_lease(self, conn);
     if (!lease)
         return NULL;
-    int fd = lease->active && !forked_since(self, lease->generation) ? entry_fd(&self->pool, lease->claim.slot) : -1;
-    if (fd >= 0) {
+    if (lease->active && !forked_since(self, lease->generation)) {
+        int fd = entry_fd(&self->pool, lease->claim.slot);
         Py_BEGIN_ALLOW_THREADS
-        connection_end(&fd, 1, 0);
+        pool_end(&self->pool, &lease->claim, &fd, 1, 0);
         Py_END_ALLOW_THREADS
     }
     Py_RETURN_NONE;
@@ -533,20 +534,26 @@ PyObject *care_revoke(PoolObject *self, PyObject *args)
     if (self->finished || !ensure_joined(self))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
     bool ours = slot_owner(claim.word) == pool->worker;
+    if (!ours && (SHM_LOAD(row, pool->slab.slots[claim.slot].kind) & SHM_KIND_UNMAILED))
+        Py_RETURN_FALSE; /* there is no letter: its own process alone can end it */
+    struct pool_claim lease = claim;
     bool reported = SHM_LOAD(hint, pool->slab.slots[claim.slot].mark) == claim.word;
     if (!pool_condemn(pool, &claim))
         Py_RETURN_FALSE;
     if (!reported)
         pool_count_total(pool, SHM_T_overdue_leases, 1);
     struct parts parts = {.fd = -1};
+    int fd = ours ? entry_fd(pool, claim.slot) : -1;
     if (ours)
         parts = entry_take(&pool->entries[claim.slot]);
     Py_BEGIN_ALLOW_THREADS
-    pool_end(pool, &claim, NULL, 1, CONNECTION_LINGER_NS);
+    pool_end(pool, &claim, &fd, 1, CONNECTION_LINGER_NS);
     pool_empty(pool, &claim, SHM_T_closed_revoked);
     Py_END_ALLOW_THREADS
     if (parts.fd >= 0)
         close(parts.fd);
+    if (parts.socket || parts.session)
+        revoked_keep(self, &lease, parts.socket, parts.session);
     Py_XDECREF(parts.socket);
     Py_XDECREF(parts.session);
     Py_XDECREF(parts.note);
@@ -658,13 +665,13 @@ PyObject *care_resize(PoolObject *self, PyObject *args)
  * return, idle ones with the next _expire(), or when somebody meets them. */
 PyObject *care_evict(PoolObject *self, PyObject *args)
 {
-    unsigned long long connection;
+    long long connection;
     const char *peer;
     Py_ssize_t peer_size;
     int leased;
-    if (!check_made(self) || !PyArg_ParseTuple(args, "Ky#p", &connection, &peer, &peer_size, &leased))
+    if (!check_made(self) || !PyArg_ParseTuple(args, "Ly#p", &connection, &peer, &peer_size, &leased))
         return NULL;
     if (self->finished)
         return PyLong_FromLong(0);
-    return PyLong_FromUnsignedLong(steering_evict(&self->pool.slab, connection, peer, (size_t)peer_size, leased != 0));
+    return PyLong_FromUnsignedLong(steering_evict(&self->pool.slab, (uint64_t)connection, peer, (size_t)peer_size, leased != 0));
 }

@@ -759,6 +759,8 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
 {
     assert(slot_state(claim->word) == SLOT_RETIRING);
     struct slot_shm *row = &pool->slab.slots[claim->slot];
+    if (slot_load(row) != claim->word)
+        return; /* not ours any more: recovered by somebody who took us for dead, or damage */
     /* The slot of a dial whose process died: its connection never was. */
     bool was_there = SHM_LOAD(row, row->connection) && !(SHM_LOAD(row, row->kind) >> SHM_KIND_WANTED_SHIFT);
     struct ended *note = was_there ? note_ended(pool, claim->slot, reason) : NULL;

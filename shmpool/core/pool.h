@@ -43,7 +43,7 @@ struct pool_options {
     uint64_t udp_clear_timeout_ns;
     uint32_t udp_clear_max_packets;
     bool clear_udp_buffer, stats;
-    uint32_t min_connections, max_idle; /* max_idle 0: as many as there are */
+    uint32_t min_connections, idle_limit; /* idle_limit: one more than may be idle; 0: there is none */
     struct upstream_backoff backoff;
 };
 
@@ -311,7 +311,7 @@ static inline enum pool_released pool_release(struct pool *pool, struct pool_cla
     SHM_STORE(row, row->last_used_ns, now_coarse);
     if (SHM_UNLIKELY(SHM_LOAD_SEQ(queue, pool->slab.header->summary)))
         return pool_release_contended(pool, claim);
-    if (SHM_UNLIKELY(pool->options.max_idle) && pool_count_idle(pool) >= pool->options.max_idle)
+    if (SHM_UNLIKELY(pool->options.idle_limit) && pool_count_idle(pool) + 1 >= pool->options.idle_limit)
         return RELEASE_RETIRE;
     if (!slot_move(row, &claim->word, pool->worker, SLOT_IDLE))
         return RELEASE_STALE;

@@ -10,7 +10,7 @@
 enum { BATCH = 64 };
 
 /* Take over one slot of the dead for closing; true when it now is RETIRING by us. */
-static bool take_over(struct pool *pool, uint32_t slot, uint32_t dead, struct pool_claim *claim)
+static bool take_over(struct pool *pool, uint32_t slot, uint32_t dead, unsigned reason, struct pool_claim *claim)
 {
     struct slot_shm *row = &pool->slab.slots[slot];
     uint64_t word = slot_load(row);
@@ -26,14 +26,14 @@ static bool take_over(struct pool *pool, uint32_t slot, uint32_t dead, struct po
         freelist_put_idle(&pool->slab, slot);
         return false;
     }
-    if (state == SLOT_LEASED)
+    if (state == SLOT_LEASED && reason == SHM_T_closed_owner_died)
         pool_count_total(pool, SHM_T_recovered_leases, 1);
     *claim = (struct pool_claim){.slot = slot, .word = word};
     return slot_may_move(state, SLOT_RETIRING) && slot_move(row, &claim->word, pool->worker, SLOT_RETIRING);
 }
 
 /* Sweep the slots of `dead` that are in one of `states` (bits). */
-static uint32_t sweep_slots(struct pool *pool, uint32_t dead, unsigned states)
+static uint32_t sweep_slots(struct pool *pool, uint32_t dead, unsigned states, unsigned reason)
 {
     struct pool_claim claims[BATCH];
     uint32_t freed = 0, count = 0;
@@ -41,11 +41,11 @@ static uint32_t sweep_slots(struct pool *pool, uint32_t dead, unsigned states)
     upstream_forget(&pool->slab, dead, clock_now());
     for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
         if (states >> slot_state(slot_load(&pool->slab.slots[slot])) & 1)
-            count += take_over(pool, slot, dead, &claims[count]);
+            count += take_over(pool, slot, dead, reason, &claims[count]);
         if (count == BATCH || (count && slot + 1 == pool->slab.layout.max_slots)) {
             pool_end(pool, claims, NULL, count, CONNECTION_LINGER_NS);
             for (freed += count; count; count--)
-                pool_empty(pool, &claims[count - 1], SHM_T_closed_owner_died);
+                pool_empty(pool, &claims[count - 1], reason);
         }
     }
     waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);
@@ -54,14 +54,14 @@ static uint32_t sweep_slots(struct pool *pool, uint32_t dead, unsigned states)
 
 uint32_t recovery_sweep(struct pool *pool, uint32_t dead)
 {
-    uint32_t freed = sweep_slots(pool, dead, ~0u);
+    uint32_t freed = sweep_slots(pool, dead, ~0u, SHM_T_closed_owner_died);
     service_doubt(&pool->slab); /* it may have died with an event in its hands */
     return freed;
 }
 
 void recovery_sweep_own(struct pool *pool)
 {
-    sweep_slots(pool, pool->worker, 1u << SLOT_LEASED | 1u << SLOT_OFFERED | 1u << SLOT_IDLE);
+    sweep_slots(pool, pool->worker, 1u << SLOT_LEASED | 1u << SLOT_OFFERED | 1u << SLOT_IDLE, SHM_T_closed_shutdown);
 }
 
 static uint32_t recover_one(struct pool *pool, int fd, uint32_t index)

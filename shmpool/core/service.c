@@ -211,7 +211,7 @@ static bool take_silent(struct pool *pool, struct pool_claim *claim)
 {
     struct header_shm *header = pool->slab.header;
     uint32_t slot = 0, since = SHM_LOAD_SEQ(service, header->service_starved);
-    uint64_t word, used_ns, now = clock_coarse();
+    uint64_t word = 0, used_ns, now = clock_coarse();
     if (!since || !find_most_silent(pool, &slot, &word, &used_ns))
         return false;
     bool is_silent = now > used_ns && now - used_ns >= SERVICE_PATIENCE_NS;

@@ -43,7 +43,6 @@ bool steering_state(struct slab *slab, enum pool_state to)
     while (!changed && state != SHM_POOL_CLOSED && state != (uint32_t)to)
         changed = SHM_CAS_SEQ(queue, slab->header->state, &state, (uint32_t)to);
     steering_settle(slab); /* in any case: who changed it before us may have died before this */
-    if (to == SHM_POOL_OPEN)
     waiter_wake_all(slab);
     return changed;
 }

@@ -66,8 +66,9 @@ def post_fork(server: _Arbiter, worker: _Worker) -> None:  # noqa: ARG001 - guni
 def post_worker_init(worker: _Worker) -> None:
     """Before the worker takes requests: join, and open connections up to `min_connections`.
 
-    A server that cannot be reached costs one dial (at most `connection_timeout`, each retry as much) and a line in the
-    log. That has all of gunicorn's `timeout` to itself: the time that the app took to load is not counted.
+    A server that cannot be reached costs one dial (at most `connection_timeout`), or none when it is known to be down,
+    and a line in the log. That has all of gunicorn's `timeout` to itself: the time that the app took to load is not
+    counted.
     """
     worker.notify()
     _for_each_pool(worker.log, "the worker starts without its connections", Pool.maintain)
@@ -80,8 +81,15 @@ def worker_exit(server: _Arbiter, worker: _Worker) -> None:
     while threads still have requests in hand (SIGQUIT, or beyond `graceful_timeout`), which they finish: then the
     worker leaves when its process ends, as it does without this hook.
     """
-    if worker.pid == os.getpid() and threading.active_count() == 1:
+    if worker.pid == os.getpid() and not any(map(_may_have_requests, threading.enumerate())):
         _for_each_pool(server.log, "the worker leaves it when its process ends", Pool.leave)
+
+
+def _may_have_requests(thread: threading.Thread) -> bool:
+    """Not those of the pools, nor those that were not begun in Python, which it remembers when they have ended."""
+    if thread is threading.current_thread() or thread.name.startswith("shmpool-"):
+        return False
+    return os.path.exists(f"/proc/self/task/{thread.native_id}")
 
 
 def child_exit(server: _Arbiter, worker: _Worker) -> None:  # noqa: ARG001 - gunicorn counts the parameters

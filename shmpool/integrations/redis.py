@@ -62,7 +62,7 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004
 )
 
-from ..config import PoolConfig, Protocol, Target
+from ..config import PoolConfig, Protocol, Target, _read
 from ..dialing import DialRequest, dial_target
 from ..errors import DialError, InvalidConfig, LeaseExpired, PoolError, PoolExhausted, PoolTimeout
 from ..pool import Pool
@@ -136,27 +136,44 @@ def _words(name: object) -> list[bytes]:
 # Opening a connection -----------------------------------------------------------------------------------------------
 
 
+# The settings of PoolConfig for sockets, which a dial has to heed itself.
+_OF_SOCKETS = ("tcp_nodelay", "tcp_keepalive", "send_buffer_size", "receive_buffer_size")
+
+
 class Dialer:
     """A `dial` for `shmpool.Pool`: connects to `target` and performs redis-py's whole handshake.
 
     `target` is a `shmpool` target (`tcp://host:port` or `unix:///path`); `options` are those of redis-py's
-    `Connection` (`db`, `username`, `password`, `protocol`, `client_name`, `credential_provider`, ...). Raises, when
-    called, `DialError` with redis-py's error as the cause. Its repr shows no secret.
+    `Connection` (`db`, `username`, `password`, `protocol`, `client_name`, `credential_provider`, ...), and of
+    `shmpool.PoolConfig` those of a socket (`tcp_nodelay`, `tcp_keepalive`, `send_buffer_size`, `receive_buffer_size`).
+    Raises, when called, `DialError` with redis-py's error as the cause. Its repr shows no secret.
     """
 
     def __init__(self, target: str, *, socket_timeout: float | None = None, **options: Any) -> None:
-        self.config = PoolConfig(target=target, socket_timeout=socket_timeout)
+        of_sockets = {name: options.pop(name) for name in _OF_SOCKETS if name in options}
+        self.config = PoolConfig(target=target, socket_timeout=socket_timeout, **of_sockets)
         self.target = Target.parse(target)
         if self.target.scheme is Protocol.UDP:
             raise InvalidConfig(field="target", value=target, remedy="Redis speaks TCP and unix sockets")
         self.options = {**options, "socket_timeout": socket_timeout}
         unwanted = ("retry", "retry_on_error", "retry_on_timeout", "health_check_interval")
         self._handshake_options = {name: value for name, value in self.options.items() if name not in unwanted}
+        self._refusal: RedisError | None = None  # the last one that this process met
         # What the pool and its inspectors call its dial.
         self.__qualname__ = f"Dialer({self.target}, db={self.options.get('db', 0)})"
 
     def __repr__(self) -> str:
         return f"<{self.__qualname__}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_refusal": None}
+
+    def refusal(self, error: DialError) -> RedisError | None:
+        """redis-py's error that an error which only says that the server is down stands for, if this process met it."""
+        known = self._refusal
+        if known is None or not error.down or not error.tried:
+            return None
+        return known if f"{type(known).__name__}: {known}".startswith(error.tried[0]) else None  # it may have been cut
 
     def __call__(self, request: DialRequest) -> tuple[socket.socket, bytes]:
         started = time.monotonic()
@@ -169,6 +186,8 @@ class Dialer:
             sock.settimeout(self.config.socket_timeout)
         except (RedisError, OSError) as error:
             sock.close()
+            if isinstance(error, RedisError):
+                self._refusal = copy.copy(error)  # without its traceback
             waited = time.monotonic() - started
             raise DialError(target=self.target.text, attempt=request.attempt, waited=waited) from error
         except BaseException:
@@ -439,7 +458,10 @@ class SharedConnection(Connection):
 
 # The pool -----------------------------------------------------------------------------------------------------------
 
-_POOL_DEFAULTS: dict[str, Any] = {setting.name: setting.default for setting in fields(PoolConfig)}
+_THEIRS = frozenset(
+    {"health_check_interval"}
+)  # both have a setting of this name, for two things; here it is redis-py's
+_OURS = frozenset(setting.name for setting in fields(PoolConfig)) - _THEIRS
 _REFUSED = {
     "ssl": "TLS sessions live in one process and cannot be shared; use redis:// or unix://, or redis-py's own pool",
     "cache": "client-side caching needs connections of its own; use redis-py's own pool",
@@ -472,6 +494,9 @@ class ConnectionPool(RedisConnectionPool):
     - `socket_timeout` (s): how long an answer may take; the default is that of the installed redis-py, not the pool's.
     - `timeout` (s), of redis-py's `BlockingConnectionPool`, is `get_timeout`; `socket_connect_timeout` is
       `connection_timeout`.
+    - `health_check_interval` (s) is redis-py's: after so long a silence a PING goes before the next command. For that
+      of the pool, which checks idle connections in the background, make the `Pool` yourself:
+      `Pool(dial=Dialer(...), health_check=ping, health_check_interval=10)`.
 
     Make it before the fork, or with a `name` in every process; forked children need no call, nor does it matter where
     clients are made. It pickles into children that are spawned. A connection that was
@@ -496,7 +521,7 @@ class ConnectionPool(RedisConnectionPool):
             path, timeout = from_url.pop("path", path), from_url.pop("timeout", timeout)
             settings, target = {**settings, **from_url}, None
         options = _known(settings)
-        pool_settings = {name: options.pop(name) for name in list(options) if name in _POOL_DEFAULTS}
+        pool_settings = {name: options.pop(name) for name in list(options) if name in _OURS}
         self._creator_pid = os.getpid()
         self._owns_pool = not isinstance(target, Pool)
         if isinstance(target, Pool):
@@ -504,7 +529,8 @@ class ConnectionPool(RedisConnectionPool):
             return
         _put_aliases(pool_settings, options, timeout)
         options["socket_timeout"] = pool_settings.setdefault("socket_timeout", _default_socket_timeout())
-        dialer = Dialer(target or _target_text(host, port, path), **options)
+        of_sockets = {name: pool_settings[name] for name in _OF_SOCKETS if name in pool_settings}
+        dialer = Dialer(target or _target_text(host, port, path), **options, **of_sockets)
         options = {**_address_options(dialer.target), **options}
         SharedConnection(**options)  # an option that redis-py refuses is refused before there is a pool
         self._set_up(Pool(dial=dialer, **pool_settings), options)
@@ -605,7 +631,7 @@ class ConnectionPool(RedisConnectionPool):
                     raise failures.pop()
                 return self._get()
             except PoolError as failed:
-                raise _translated(failed) from failed
+                raise _translated(failed, self._pool.config.dial) from failed
 
         if not isinstance(error, DialError):
             return attempt()
@@ -724,7 +750,7 @@ def _target_text(host: str, port: int, path: str | None) -> str:
 
 
 def _url_settings(url: str) -> dict[str, Any]:
-    """What a redis-py URL says, values of the pool's settings cast as its defaults are."""
+    """What a redis-py URL says; texts of the pool's settings mean what they mean in a URL of its own."""
     try:
         settings: dict[str, Any] = dict(parse_url(url))
     except ValueError as error:
@@ -732,21 +758,11 @@ def _url_settings(url: str) -> dict[str, Any]:
     if url.startswith("rediss:"):
         raise InvalidConfig(field="target", value=_without_secrets(url), remedy=_REFUSED["ssl"])
     settings.pop("connection_class", None)
-    for name, value in settings.items():
-        kind = _kind_of(name)
-        if isinstance(value, str) and kind is not str:
-            try:
-                settings[name] = kind(value)
-            except ValueError:
-                raise InvalidConfig(field=name, value=value, remedy=f"must be {kind.__name__} in a URL") from None
-    return settings
-
-
-def _kind_of(name: str) -> type[int] | type[float] | type[str]:
-    if name in ("protocol", "min_connections"):
-        return int
-    default = _POOL_DEFAULTS.get(name)
-    return float if isinstance(default, float) else int if type(default) is int else str
+    if isinstance(protocol := settings.get("protocol"), str):  # redis-py < 8 leaves it a text
+        if protocol not in ("2", "3"):
+            raise InvalidConfig(field="protocol", value=protocol, remedy="must be 2 or 3")
+        settings["protocol"] = int(protocol)
+    return {**settings, **_read({name: value for name, value in settings.items() if name in _OURS})}
 
 
 def _without_secrets(url: str) -> str:
@@ -755,10 +771,11 @@ def _without_secrets(url: str) -> str:
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, without those that only say no to what this pool does not do anyway. Raises InvalidConfig."""
-    known = sorted({*_POOL_DEFAULTS, *_OPTIONS} - {"target", "dial"})
+    known = sorted({*_OURS, *_OPTIONS} - {"target", "dial"})
     kept = {}
     for name, value in settings.items():
-        refusal = next((why for start, why in _REFUSED.items() if name.startswith(start)), "")
+        refusals = (why for start, why in _REFUSED.items() if name.startswith(start) and name not in _OURS)
+        refusal = next(refusals, "")
         if refusal and value in (None, False):
             continue
         if not refusal and name not in known:
@@ -811,11 +828,12 @@ def _disagreement(metadata: bytes, connection: SharedConnection) -> str:
 # Errors -------------------------------------------------------------------------------------------------------------
 
 
-def _translated(error: PoolError) -> RedisError:
-    """redis-py's error for the pool's one; the caller raises it `from` that."""
+def _translated(error: PoolError, dial: object = None) -> RedisError:
+    """redis-py's error for the pool's one, whose connections `dial` opens; the caller raises it `from` that."""
     reason: BaseException = error
     while isinstance(reason, (DialError, PoolTimeout)) and reason.__cause__ is not None:
-        reason = reason.__cause__
+        refusal = dial.refusal(reason) if isinstance(reason, DialError) and isinstance(dial, Dialer) else None
+        reason = refusal or reason.__cause__
     if isinstance(reason, RedisError):  # from the handshake, as redis-py itself would have raised it
         return copy.copy(reason)  # the one in the chain keeps its own cause
     if isinstance(reason, (PoolTimeout, PoolExhausted)):  # no dial failed: all were in use

@@ -811,6 +811,7 @@ static void body_dial_succeeds(void)
     struct pool_claim claim = current->claim;
     CHECK(play_install(current->pool, &claim));
     CHECK(play_release(current->pool, &claim) != RELEASE_STALE);
+    waiter_wake_first(&current->pool->slab, PLAY_ANY); /* who waited for this very dial may have to look for another */
 }
 static void body_dial_fails(void)
 {
@@ -842,6 +843,7 @@ static void wait_on(uint64_t timeout_ns)
     enum play_got got;
     request.place = waiting;
     request.under_way = fibers[0].claim;
+    request.adopted_ns = clock_now();
     while (!play_look(current->pool, &request, &claim, &got))
         ;
     play_end_request(current->pool, &request);

@@ -29,6 +29,8 @@
 #define PLAY_FIRST_STEP_NS (20 * PLAY_MS)
 #define PLAY_LAST_STEP_NS (400 * PLAY_MS)
 #define PLAY_PATIENCE_NS (800 * PLAY_MS)
+/* as in module.c: a dial that takes longer may be that of one that is stopped */
+#define PLAY_ADOPTED_PATIENCE_NS (200 * PLAY_MS)
 
 /* No sockets: connections are numbers only (for schedulers that replay millions of runs). */
 PLAY bool play_bare;
@@ -252,7 +254,8 @@ struct play_request {
     bool waits; /* for others */
     uint64_t deadline;
     struct waiter_place place;
-    struct pool_claim under_way; /* place.dialling: the dial that goes on for this call */
+    struct pool_claim under_way; /* place.dialling: the dial that goes on for this call, */
+    uint64_t adopted_ns;         /* since when */
     bool woken;                  /* the last sleep ended by a wake-up */
 };
 
@@ -303,7 +306,8 @@ PLAY bool play_fits(struct pool *pool, struct pool_claim *claim)
 PLAY bool play_look(struct pool *pool, struct play_request *request, struct pool_claim *claim, enum play_got *got)
 {
     *got = PLAY_GOT;
-    if (request->place.dialling && !pool_dial_goes_on(pool, &request->under_way))
+    if (request->place.dialling &&
+        (clock_now() >= request->adopted_ns + PLAY_ADOPTED_PATIENCE_NS || !pool_dial_goes_on(pool, &request->under_way)))
         request->place.dialling = false;
     switch (pool_take(pool, request->mask, request->waits ? &request->place : NULL, claim)) {
     case TAKEN_LEASED:
@@ -315,6 +319,7 @@ PLAY bool play_look(struct pool *pool, struct play_request *request, struct pool
     case TAKEN_ADOPTED:
         request->place.dialling = true;
         request->under_way = *claim;
+        request->adopted_ns = clock_now();
         return false;
     case TAKEN_EVICTED:
         play_retire(pool, claim, SHM_T_closed_evicted);

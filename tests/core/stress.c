@@ -1,7 +1,7 @@
 /* stress.c: threads play workers, at random, over the real core; for the sanitizers.
  *
  * Some handles are shared by two threads, as in a process with threads; one thread makes short-lived workers that die with
- * leases. Each holder of a slot writes to a payload of plain memory: ThreadSanitizer reports a race when a slot changes hands
+ * leases, and one checks idle connections, makes the pool smaller and larger, pauses it, evicts, fails dials. Each holder of a slot writes to a payload of plain memory: ThreadSanitizer reports a race when a slot changes hands
  * in an order that is too weak, and a second holder is found by everyone. At the end the pool is closed under way.
  *
  *   stress [ROUNDS of each thread] [SEED]
@@ -28,7 +28,7 @@ struct player {
     struct check_random random;
 };
 
-static void use(struct player *player, const struct pool_claim *claim)
+static void hold(struct player *player, const struct pool_claim *claim)
 {
     struct payload *payload = &payloads[claim->slot];
     CHECK_EQ(payload->holder, 0);
@@ -39,6 +39,11 @@ static void use(struct player *player, const struct pool_claim *claim)
     CHECK(play_fetch(player->pool, claim) >= 0);
     CHECK_EQ(payload->holder, player->number);
     payload->holder = 0;
+}
+
+static void use(struct player *player, const struct pool_claim *claim)
+{
+    hold(player, claim);
     atomic_fetch_add_explicit(&leases, 1, memory_order_relaxed);
 }
 
@@ -51,6 +56,61 @@ static void end_lease(struct player *player, struct pool_claim *claim)
     } else
         CHECK(play_release(player->pool, claim) != RELEASE_STALE);
     CHECK_EQ(play_release(player->pool, &stale), RELEASE_STALE);
+}
+
+static void check_idle(struct player *player)
+{
+    struct pool_claim claim;
+    for (uint32_t from = 0; pool_begin_check(player->pool, &from, 0, false, &claim);) {
+        hold(player, &claim);
+        if (check_random(&player->random) % 4)
+            CHECK(pool_end_check(player->pool, &claim));
+        else {
+            CHECK(pool_condemn(player->pool, &claim));
+            play_retire(player->pool, &claim, SHM_T_closed_unhealthy);
+        }
+    }
+}
+
+/* A dial for nobody: it may be adopted, and succeeds or not. */
+static void dial_for_nobody(struct player *player)
+{
+    struct pool_claim claim;
+    if (pool_take_dial(player->pool, true, &claim) != TAKEN_DIAL)
+        return;
+    pool_announce_dial(player->pool, &claim, PLAY_ANY, true);
+    sched_yield();
+    if (check_random(&player->random) % 2) {
+        play_fail_dial(player->pool, &claim);
+        upstream_proved(&player->pool->slab); /* another dial of that moment has succeeded */
+        return;
+    }
+    CHECK(play_install(player->pool, &claim));
+    play_release(player->pool, &claim);
+}
+
+static void *steer(void *arg)
+{
+    struct player *player = arg;
+    struct slab *slab = &player->pool->slab;
+    while (atomic_load(&finished) < THREADS && pool_is_open(player->pool)) {
+        uint64_t draw = check_random(&player->random);
+        if (draw % 4 == 0)
+            steering_resize(slab, (uint32_t)(draw / 8 % SLOTS) + 1);
+        else if (draw % 4 == 1)
+            steering_evict(slab, 0, "", 0, draw / 8 % 2);
+        else if (draw % 4 == 2)
+            check_idle(player);
+        else
+            dial_for_nobody(player);
+        if (draw % 32 == 7)
+            steering_state(slab, SHM_POOL_PAUSED);
+        sched_yield();
+        if (draw % 32 == 7)
+            steering_state(slab, SHM_POOL_OPEN);
+        pool_be_maintainer(player->pool);
+    }
+    return NULL;
 }
 
 static void dial_private(struct player *player)
@@ -120,15 +180,17 @@ int main(int argc, char **argv)
     rounds = argc > 1 ? strtoull(argv[1], NULL, 0) : 2000;
     struct check_random random = check_seed(argc > 2 ? argv[2] : NULL);
     struct player players[THREADS];
-    pthread_t threads[THREADS], mortal;
+    pthread_t threads[THREADS], mortal, steersman;
     play_one_mapping = true;
-    first = play_found(SLOTS, HANDLES + 3, 4, 2);
+    first = play_found(SLOTS, HANDLES + 4, 6, 2);
     for (int i = 0; i < THREADS; i++) {
         struct pool *pool = i % 2 ? players[i - 1].pool : play_join(first);
         players[i] = (struct player){pool, i + 1, {check_random(&random) | 1}};
     }
     for (int i = 0; i < THREADS; i++)
         CHECK(pthread_create(&threads[i], NULL, play, &players[i]) == 0);
+    struct player steering = {play_join(first), THREADS + 1, {check_random(&random) | 1}};
+    CHECK(pthread_create(&steersman, NULL, steer, &steering) == 0);
     CHECK(pthread_create(&mortal, NULL, die_and_come_again, &random) == 0);
     while (atomic_load(&finished) < THREADS / 2) /* the others are still at it */
         sched_yield();
@@ -136,6 +198,8 @@ int main(int argc, char **argv)
     for (int i = 0; i < THREADS; i++)
         pthread_join(threads[i], NULL);
     pthread_join(mortal, NULL);
+    pthread_join(steersman, NULL);
+    play_leave(steering.pool);
     for (int i = 0; i < THREADS; i += 2)
         play_leave(players[i].pool);
     struct pool_claim claim;

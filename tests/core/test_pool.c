@@ -637,12 +637,15 @@ static void most_idle(void)
 {
     begin(3, 3);
     struct pool_claim claims[3] = {play_lease(pool), play_lease(pool), play_lease(pool)};
-    pool->options.max_idle = 2;
+    pool->options.idle_limit = 3; /* one more than may be idle */
     CHECK_EQ(play_release(pool, &claims[0]), RELEASED);
     CHECK_EQ(play_release(pool, &claims[1]), RELEASED);
     CHECK_EQ(play_release(pool, &claims[2]), RELEASE_RETIRE);
     CHECK_EQ(play_total(pool, SHM_T_closed_idle), 1);
-    pool->options.max_idle = 0;
+    pool->options.idle_limit = 1;
+    claims[0] = play_lease(pool);
+    CHECK_EQ(play_release(pool, &claims[0]), RELEASE_RETIRE);
+    pool->options.idle_limit = 0;
     end();
 }
 
@@ -708,6 +711,8 @@ static void leaving(void)
     CHECK_EQ(play_state(pool, out.slot), SLOT_EMPTY);
     CHECK(at_end(peer));
     close(peer);
+    CHECK_EQ(play_total(pool, SHM_T_closed_shutdown), 2);
+    CHECK_EQ(play_total(pool, SHM_T_closed_owner_died) + play_total(pool, SHM_T_recovered_leases), 0); /* nobody died */
     CHECK_EQ(play_release(other, &out), RELEASE_STALE);
     play_check_queue_empty(pool);
     play_check_workers(pool, 1);

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import shmpool
-from shmpool import DialRequest, IPVersion, Pool, PoolConfig, PooledConnection, PoolStats, Protocol, errors
+from shmpool import (
+    ClosedConnection,
+    DialRequest,
+    IPVersion,
+    LeakReport,
+    Pool,
+    PoolConfig,
+    PooledConnection,
+    PoolStats,
+    Protocol,
+    errors,
+    steering,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -31,6 +43,28 @@ def log_in(conn: PooledConnection) -> None:
     conn.session = object()
 
 
+def is_well(conn: PooledConnection) -> bool:
+    conn.socket.sendall(b"PING\r\n")
+    return conn.socket.recv(64) == b"+PONG\r\n"
+
+
+def ended(closed: ClosedConnection) -> None:
+    assert_type(closed.age, float)
+    same_reason: bool = closed.reason == "owner_died"
+    print(closed.id, closed.slot, closed.protocol, closed.ip_version, closed.peer, closed.uses, same_reason)
+
+
+def leaked(report: LeakReport) -> None:
+    assert_type(report.held, float)
+    assert_type(report.stack, str | None)
+    print(report.connection_id, report.slot, report.pid, report.thread, report.revoked)
+
+
+def take_client(listener: socket.socket) -> tuple[socket.socket, bytes]:
+    client, _ = listener.accept()
+    return client, b"plain"
+
+
 def make() -> list[Pool]:
     return [
         Pool("tcp://127.0.0.1:6379", max_connections=4),
@@ -38,6 +72,10 @@ def make() -> list[Pool]:
         Pool(dial=dial_with_metadata, on_borrow=log_in, socket_timeout=None),
         Pool(config=PoolConfig(target="unix:///run/redis.sock")),
         Pool(config=PoolConfig(dial=dial_with_metadata)),
+        Pool("tcp://127.0.0.1:6379", on_created=log_in, on_close=ended, on_leak=leaked, health_check=is_well),
+        Pool(config=PoolConfig(target="tcp://127.0.0.1:6379", on_close=ended, on_leak=leaked, health_check=is_well)),
+        Pool(config=PoolConfig(dial=dial, leak_action="revoke", when_down="wait", tcp_keepalive=(60, 5, 3))),
+        Pool.listen("tcp://127.0.0.1:0", max_connections=100, acceptor=take_client),
     ]
 
 
@@ -76,6 +114,18 @@ def manage(pool: Pool) -> None:
     assert_type(pool.closed, bool)
     assert_type(pool.config, PoolConfig)
     pool.maintain()
+    pool.wait_ready(timeout=5)
+    pool.resize(8)
+    pool.pause()
+    pool.resume()
+    assert_type(pool.drain(timeout=1.0), int)
+    assert_type(pool.evict(), int)
+    pool.evict(connection_id=7)
+    pool.evict(peer=("127.0.0.1", 6379), leased=True)
+    assert_type(pool.recover(), int)
+    assert_type(pool.max_connections, int)
+    state: str = pool.state
+    print(state)
     pool.close(timeout=1.0)
     with Pool("tcp://127.0.0.1:6379") as other:
         other.close()
@@ -108,3 +158,22 @@ def watch() -> None:
     for found in shmpool.list_pools():
         print(found)
     print(shmpool.inspect("redis"))
+
+
+def figures(stats: PoolStats) -> None:
+    assert_type(stats.upstream, str)
+    assert_type(stats.upstream_retry_in, float)
+    assert_type(stats.prewarm_done, bool)
+    assert_type(stats.health_success_rate, float)
+    assert_type(stats.diff(stats).dial_failure_rate, float)
+    print(stats.connections["empty"], stats.closed["unhealthy"], stats.resize_limit, stats.overdue_leases)
+
+
+def steer(name: str) -> None:
+    steering.pause(name)
+    steering.resume(name)
+    steering.resize(name, 8)
+    steering.evict(name)
+    assert_type(steering.drain(name, timeout=1.0), int)
+    assert_type(steering.close(name), int)
+    assert_type(steering.recover(name), int)
