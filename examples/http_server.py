@@ -18,6 +18,8 @@ import sys
 
 import shmpool
 
+ENDS = (signal.SIGINT, signal.SIGTERM)
+
 
 def answer(method: str, path: str, body: bytes) -> bytes:
     text = f"{method} {path} ({len(body)} bytes) answered by process {os.getpid()}\n".encode()
@@ -53,8 +55,6 @@ def serve(sock: socket.socket) -> bool:
 
 
 def work(pool: shmpool.Pool) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent drains the pool, and that ends the loop
     while True:
         try:
             with pool.get() as conn:
@@ -67,11 +67,15 @@ def work(pool: shmpool.Pool) -> None:
 
 
 def start(pool: shmpool.Pool) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # a child that has just begun must not take one for its own
     if os.fork() == 0:
         try:
+            for number in ENDS:
+                signal.signal(number, signal.SIG_IGN)  # the parent drains the pool, and that ends the child's loop
             work(pool)
         finally:
             os._exit(0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
 
 
 def main(port: int = 8080, workers: int = 4) -> None:
@@ -80,8 +84,8 @@ def main(port: int = 8080, workers: int = 4) -> None:
     with shmpool.Pool.listen(f"tcp://127.0.0.1:{port}", **limits) as pool:
         for _ in range(workers):
             start(pool)
-        print("http://{}:{}".format(*pool.address), flush=True)
         try:
+            print("http://{}:{}".format(*pool.address), flush=True)
             while True:  # one that dies is replaced; its client is told, the others notice nothing
                 os.wait()
                 start(pool)

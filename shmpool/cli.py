@@ -502,11 +502,8 @@ def summary_view(now: PoolStats, change: PoolStats) -> View:
     view.add("connections", f"{gauge(now)} {_list_of(states, 'none open')} of {now.max_connections}")
     if now.upstream in _DOWN:
         view.add("server", _outage(now), style="red")
-    if not now.prewarm_done and now.open < now.prewarm_target:
-        view.add("prewarming", f"{now.open} of {now.prewarm_target} are open", style="yellow")
-    elif now.prewarm_failed and now.open < now.prewarm_target:
-        began = f"began with {now.prewarm_created} of {now.prewarm_target}"
-        view.add("prewarming", f"{began}: {count_text(now.prewarm_failed)} could not be opened", style="yellow")
+    if missing := _missing(now):
+        view.add("prewarming", missing, style="yellow")
     sources = {
         "own cache": change.hits,
         "shared list": change.freelist,
@@ -531,6 +528,17 @@ def summary_view(now: PoolStats, change: PoolStats) -> View:
     troubles = _troubles(now)
     view.add("trouble", _list_of(troubles, "none"), style="yellow" if troubles else "")
     return view
+
+
+def _missing(now: PoolStats) -> str:
+    """What there is to say of a minimum that is not open."""
+    there = now.open - now.connections.get("dialing", 0)
+    if there >= now.prewarm_target:
+        return ""
+    if not now.prewarm_done:
+        return f"{there} of {now.prewarm_target} are open"
+    failed = f"{count_text(now.prewarm_failed)} could not be opened"
+    return f"began with {now.prewarm_created} of {now.prewarm_target}: {failed}" if now.prewarm_failed else ""
 
 
 def _outage(now: PoolStats) -> str:

@@ -144,7 +144,7 @@ def _serve(jobs: SimpleQueue[_Job | None]) -> None:
 
 
 class Checker:
-    """Runs the checks of one pool in one process. Any thread may call; checks wait for one another."""
+    """Runs the checks of one pool in one process, one at a time. Any thread may call."""
 
     def __init__(self) -> None:
         self._one_at_a_time = threading.Lock()
@@ -154,13 +154,17 @@ class Checker:
 
     def ready(self, pool: str) -> bool:
         """Whether a check can begin: not while one is left behind. Raises RuntimeError when there can be no thread."""
-        with self._one_at_a_time:
+        if not self._one_at_a_time.acquire(blocking=False):
+            return False  # a check is under way; a signal handler in its thread would wait for itself
+        try:
             if self._left_behind is not None and self._left_behind.is_alive():
                 return False
             self._left_behind = None
             if self._hand is None:
                 self._hand = _Hand(f"shmpool-check:{pool}")
             return True
+        finally:
+            self._one_at_a_time.release()
 
     def run(
         self,
@@ -173,7 +177,9 @@ class Checker:
 
         `cut(conn)` ends what the check waits for on the connection. Call ready() before.
         """
-        with self._one_at_a_time:
+        if not self._one_at_a_time.acquire(blocking=False):  # see ready()
+            return Outcome(True, "it was not run")
+        try:
             hand = self._hand
             if hand is None:  # another thread's check was left behind just now
                 return Outcome(True, "it was not run")
@@ -188,6 +194,8 @@ class Checker:
             finally:
                 self._job = None
             self._end(job, hand, lambda: cut(conn))
+        finally:
+            self._one_at_a_time.release()
         if job.interrupted:
             return Outcome(False, "it was interrupted")
         return Outcome(False, f"it was not done in {timeout:g} s", broken=True)

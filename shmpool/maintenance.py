@@ -330,7 +330,7 @@ class Maintenance:
         if self._run is not None and not self._run.over:
             self._run.stopping = False  # it was to end for a fork, and had not got to it
             return
-        run = _Run(pool, self._live)
+        self._run = run = _Run(pool, self._live)  # before it starts: a signal handler may fork in the middle
         try:
             run.thread.start()
         except RuntimeError as error:  # the limit of threads, or the end of the interpreter
@@ -342,12 +342,11 @@ class Maintenance:
                     error,
                     extra={"pool": pool.name, "reason": "thread"},
                 )
-            self._cannot_start = True
+            self._cannot_start = run.over = True
             return
         except BaseException:  # a signal handler's: it may have begun
             run.stop()
             raise
-        self._run = run
 
     def kick(self) -> None:
         """Tick now, not only when the interval is over."""
@@ -366,7 +365,7 @@ class Maintenance:
         with self._lock:
             self._ended = True
             run = self._run
-        if run is None or run.over:
+        if run is None or not run.thread.is_alive():
             self._checker.stop()  # of a maintain() by hand
             return True
         run.stop()
@@ -404,7 +403,7 @@ class Maintenance:
         try:
             self._suspended += 1
             run = self._run
-            if run is None or run.over or self._is_here(run):
+            if run is None or not run.thread.is_alive() or self._is_here(run):
                 return None
             run.stop()
             return run
@@ -547,7 +546,10 @@ def maintain_now(pool: Maintained) -> None:
     if not maintenance.is_running():
         maintenance._checker.stop()
     if first is not None:
-        raise first
+        try:
+            raise first
+        finally:
+            first = None  # else it and this frame keep each other, and the connection that was being checked
 
 
 def _open_all(turn: _Turn) -> bool:

@@ -496,7 +496,7 @@ class Pool(_core.PoolBase):
         while True:
             self._retire_idle()
             out = self._leases_out()
-            if not (out or self._counts()["idle"]) or time.monotonic() >= deadline:
+            if not (out or self._counts()["idle"] or self._waiters()) or time.monotonic() >= deadline:
                 return out
             time.sleep(_POLL_S)
             self._recover()  # a holder may die meanwhile
@@ -702,6 +702,7 @@ class Pool(_core.PoolBase):
 
     def _joined(self) -> None:
         """This process has a place in the pool, for the first time since it was forked."""
+        self._drop_foreign_dials()
         self._maintenance.start(self)
 
     def _ended(self, rows: list[tuple[int, int, int, bytes, str, float, int]]) -> None:
@@ -884,6 +885,7 @@ class Pool(_core.PoolBase):
     def _end_dials(self) -> None:
         """This process gives its part back: no dial of it goes on in a thread that nobody sees. What a program's own
         dial does is waited for a moment only; its connection ends when it is there."""
+        self._drop_foreign_dials()
         if not self._dial_threads():
             return
         for (process, _), sock in list(self._dialling.items()):
@@ -893,6 +895,12 @@ class Pool(_core.PoolBase):
         deadline = time.monotonic() + _DIAL_PATIENCE_S
         while self._dial_threads() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+
+    def _drop_foreign_dials(self) -> None:
+        """Copies of what a parent was connecting when it forked this process."""
+        for key in [key for key in list(self._dialling) if key[0] != os.getpid()]:
+            if (sock := self._dialling.pop(key, None)) is not None:
+                sock.close()
 
     def _interrupt_dials(self) -> None:
         """End what the maintenance thread of this process is connecting: it has to stop."""

@@ -224,7 +224,8 @@ def _wait_for_leases(view: _core.SlabView, timeout: float, state: str) -> int:
         snapshot = view.snapshot()
         states = Counter(str(row[1]) for row in snapshot["slots"])
         out = sum(states[each] for each in _IN_USE)
-        settled = not out and (states["empty"] == states.total() or not view.maintained())
+        waits = state == "draining" and snapshot["waiters"]  # they are served yet
+        settled = not (out or waits) and (states["empty"] == states.total() or not view.maintained())
         gone = not view.in_use() or snapshot["state"] not in (state, "closed")
         if settled or gone or time.monotonic() >= deadline:
             return out

@@ -74,7 +74,7 @@ def resolve(path: str) -> None:
     def dial(_target: Target, *args: Any) -> socket.socket:
         return dial_target(Target.parse(Path(path).read_text()), *args)
 
-    shmpool.pool.dial_target = dial
+    vars(shmpool.pool)["dial_target"] = dial
 
 
 def handshake(conn: PooledConnection) -> bool:
@@ -116,6 +116,10 @@ def work(mine: Mine, tally_path: str, name_path: str, workers: int, place: int, 
     if errors:
         raise errors[0]
     return sum(expired)
+
+
+def threads_of_pools(_mine: Mine) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("shmpool-")]
 
 
 class _Caller:

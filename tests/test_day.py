@@ -1,4 +1,4 @@
-"""A day in a minute: workers of every kind, and all that may happen to them, to the server and to the pool, in any order.
+"""A day in a minute: workers of every kind, and all that may happen to them, to the server and to the pool.
 
     workers   forked, spawned, joined by name; killed, stopped, resumed, replaced all the time
     server    dies, hangs, resets what dials, comes back; its name means another address
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import threading
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ import pytest
 from shmpool import Pool
 from shmpool.stats import FAILURES
 from tests.books import audit
-from tests.daily import ENDINGS, LEAK_S, OWN, THREADS, Tally, attend, resolve, work
+from tests.daily import LEAK_S, OWN, THREADS, Tally, attend, resolve, threads_of_pools, work
 from tests.joining import Company, Runtime, Worker, fresh_name, leave, own_runtime
 from tests.processes import LONG, chance, descriptors, lease_every_slot, states, until
 from tests.servers import ExclusiveServer
@@ -59,7 +58,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     yield from own_runtime(monkeypatch)
 
@@ -221,7 +220,11 @@ class Day:
         self.pool.resize(CONNECTIONS)
         tally = Tally(self.tally_path, PLACES)
         served = tally.total()["successes"]
-        until(lambda: tally.total()["successes"] >= served + 200, "they are served again")
+        try:
+            until(lambda: tally.total()["successes"] >= served + 200, "they are served again")
+        except AssertionError as error:
+            stats = self.pool.stats()
+            raise AssertionError(f"{error}: {states(self.pool)}, {stats.waiting} wait, {stats.upstream}") from error
         tally.end()
         tally.close()
         return sum(worker.answer() for _, worker in self.workers)
@@ -232,15 +235,11 @@ class Day:
             worker.do(leave)
             if way == "join":
                 assert len(descriptors(worker.pid)) == self.before[worker.pid]
-            assert worker.do(threads_of_the_pool) == []
-
-
-def threads_of_the_pool(_mine: object) -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("shmpool-")]
+            assert worker.do(threads_of_pools) == []
 
 
 def remains() -> tuple[int, int, int]:
-    """What this process has: sockets, segments, threads. (multiprocessing keeps a pipe of its own when it has spawned.)"""
+    """What this process has: sockets, segments, threads. (multiprocessing keeps a pipe when it has spawned.)"""
     held = [*descriptors().values()]
     sockets = sum(what.startswith("socket:") for what in held)
     return sockets, sum("shmpool" in what for what in held), threading.active_count()
@@ -252,7 +251,7 @@ def close_enough(counted: int, tallied: int, lost: int) -> bool:
 
 
 def live_through(
-    seconds: float, servers: list[ExclusiveServer], runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: float, servers: list[ExclusiveServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tally_path, name_path = str(tmp_path / "tally"), str(tmp_path / "name")
     Path(tally_path).touch()
@@ -297,16 +296,13 @@ def live_through(
     until(lambda: remains() == before, f"{before} as before", 5)
 
 
-def test_a_day_in_a_minute(
-    servers: list[ExclusiveServer], runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    live_through(7.0, servers, runtime, tmp_path, monkeypatch)
+def test_a_day_in_a_minute(servers: list[ExclusiveServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live_through(6.0, servers, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not LONG, reason="SHMPOOL_TEST_LONG=1 asks for it")
-@pytest.mark.parametrize("number", range(20))
-def test_twenty_days(
-    servers: list[ExclusiveServer], runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    live_through(45.0, servers, runtime, tmp_path, monkeypatch)
+@pytest.mark.parametrize("day", range(1, 21))
+def test_twenty_days(servers: list[ExclusiveServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, day: int) -> None:
+    print(f"day {day}")
+    live_through(40.0, servers, tmp_path, monkeypatch)

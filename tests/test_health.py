@@ -21,7 +21,7 @@ from tests.processes import Family, chance, proven, states, until, use
 from tests.servers import ExclusiveServer, ask, exclusive_use
 
 CHECK_BEGIN = Pool._check_begin
-SOON_S = 2.0  # generous: the ways to end a check take a grace each
+SOON_S = 5.0  # generous: the ways to end a check take a grace each
 
 
 def check_threads() -> list[str]:

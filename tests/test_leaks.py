@@ -198,7 +198,7 @@ def test_what_a_hook_raises_is_logged_and_goes_nowhere_else(
 # ---- real pools ------------------------------------------------------------------------------------------------------
 
 FAST: dict[str, Any] = {"leak_timeout": 0.05, "maintenance_interval": 0.01, "health_check_interval": math.inf}
-SOON_S = 2.0
+SOON_S = 5.0
 
 
 def overdue(pool: Pool) -> int:

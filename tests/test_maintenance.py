@@ -574,7 +574,7 @@ def test_forks_beside_start_and_stop() -> None:
 # ---- real pools ------------------------------------------------------------------------------------------------------
 
 TICK_S = 0.03
-SOON_S = 2.0  # a few ticks, on a machine that is busy with other tests
+SOON_S = 5.0  # a few ticks, on a machine that is busy with other tests
 
 
 def prewarm(pool: Pool) -> tuple[int, int, bool]:

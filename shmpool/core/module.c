@@ -208,22 +208,32 @@ static PyObject *entry_socket(PoolObject *self, uint32_t slot)
     if (SHM_LIKELY(entry->socket != NULL))
         return entry->socket;
     unsigned bucket = kind_bucket(SHM_LOAD(row, self->pool.slab.slots[slot].kind));
-    PyObject *pair = PyObject_CallMethod((PyObject *)self, "_wrap", "iI", entry->fd, bucket);
+    int fd = entry->fd;
+    uint64_t connection = entry->connection;
+    entry->fd = -1; /* _wrap's from now on; in its Python another thread may revoke this lease, or fork */
+    entry->connection = 0;
+    PyObject *pair = PyObject_CallMethod((PyObject *)self, "_wrap", "iI", fd, bucket);
+    bool is_ours = !entry->connection && !entry->socket && entry->fd < 0;
     if (!pair) { /* it has closed the descriptor; the next lease fetches another */
-        entry->fd = -1;
-        struct parts parts = entry_take(entry);
-        parts_drop_session(&parts);
-        parts_close(&parts);
+        if (is_ours) {
+            struct parts parts = entry_take(entry);
+            parts_drop_session(&parts);
+            parts_close(&parts);
+        }
         return NULL;
     }
     PyObject *mark = PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2 ? PyTuple_GET_ITEM(pair, 1) : NULL;
-    if (mark && PyByteArray_Check(mark)) {
+    if (!is_ours)
+        expired(connection, "it was taken away");
+    else if (mark && PyByteArray_Check(mark)) {
         entry->socket = Py_NewRef(PyTuple_GET_ITEM(pair, 0));
         entry->dirty = PyByteArray_AS_STRING(mark); /* the socket object keeps the bytearray */
+        entry->fd = fd;
+        entry->connection = connection;
     } else
         PyErr_SetString(PyExc_TypeError, "_wrap must return (socket, bytearray)");
     Py_DECREF(pair);
-    return entry->socket;
+    return PyErr_Occurred() ? NULL : entry->socket;
 }
 
 /* ---- ends of connections ---- */
@@ -1308,6 +1318,11 @@ static PyObject *lease_dialled(PoolObject *self, struct pool_claim *claim, struc
     if (!dial(self, claim, request)) {
         if (PyErr_Occurred() && !forked_since(self, request->generation))
             dial_failed(self, request);
+        return NULL;
+    }
+    if (SHM_UNLIKELY(!pool_is_plain(pool)) && steering_now(&pool->slab) == SHM_POOL_PAUSED) { /* meanwhile: nothing is given out */
+        if (pool_release(pool, claim, clock_coarse()) == RELEASE_RETIRE)
+            retire_leased(self, claim, pool_retire_reason(pool, claim->slot));
         return NULL;
     }
     uint64_t done = clock_now();
@@ -2453,11 +2468,9 @@ static PyObject *core_publish(PyObject *module, PyObject *args)
 static int soon(void *callable)
 {
     PyObject *result = PyObject_CallNoArgs(callable);
-    if (!result)
-        PyErr_WriteUnraisable(callable);
     Py_XDECREF(result);
     Py_DECREF((PyObject *)callable);
-    return 0;
+    return result ? 0 : -1; /* what it raised, a signal handler has: the main thread hears it */
 }
 
 /* call_soon(callable) -> None: in the main thread: call it at its next step of Python; elsewhere: nothing. */

@@ -149,6 +149,7 @@ extern PyTypeObject *lease_type;
     X("_upstream_untried", care_upstream_untried, METH_VARARGS)                                                        \
     X("_steer", care_steer, METH_VARARGS)                                                                              \
     X("_state", care_state, METH_NOARGS)                                                                               \
+    X("_waiters", care_waiters, METH_NOARGS)                                                                           \
     X("_limits", care_limits, METH_NOARGS)                                                                             \
     X("_resize", care_resize, METH_VARARGS)                                                                            \
     X("_evict", care_evict, METH_VARARGS)                                                                              \

@@ -635,6 +635,18 @@ PyObject *care_steer(PoolObject *self, PyObject *args)
     return PyBool_FromLong(steering_state(&self->pool.slab, state));
 }
 
+/* _waiters() -> int: calls in the queue, of all processes */
+PyObject *care_waiters(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    unsigned long waiting = 0;
+    if (!check_made(self))
+        return NULL;
+    for (uint32_t i = 0; i < self->pool.slab.layout.max_waiters; i++)
+        waiting += SHM_LOAD_SEQ(queue, self->pool.slab.waiter_words[i]) != WAITER_FREE_WORD;
+    return PyLong_FromUnsignedLong(waiting);
+}
+
 /* _state() -> "open", "paused", "draining" or "closed" */
 PyObject *care_state(PoolObject *self, PyObject *unused)
 {

@@ -567,7 +567,8 @@ static unsigned count_kept(void)
 {
     unsigned kept = 0;
     for (uint32_t i = 0; i < SLOTS; i++)
-        kept += (play_state(pool, i) == SLOT_IDLE || play_state(pool, i) == SLOT_OFFERED) && pool->slab.slots[i].expires_ns > clock_now();
+        kept += (play_state(pool, i) == SLOT_IDLE || play_state(pool, i) == SLOT_OFFERED) &&
+                pool->slab.slots[i].expires_ns > clock_now();
     return kept;
 }
 

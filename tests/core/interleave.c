@@ -3,7 +3,8 @@
  * Each worker is a fiber on a stack of its own. At each shared step the core calls shmpool_hook(), and there a choice is made: go on,
  * let another go on (a preemption), let a sleeper's slice end (a timeout), die here, or stop here for ever. A run is the list of
  * its choices; the next run is the same list with the last choice that can be raised, raised: a depth-first walk over all runs
- * within the bounds, repeated with wider bounds until the time is up, and then a random walk. After each run: no slot had two
+ * within the bounds, repeated with wider bounds until the time is up, and then a random walk. Between any two steps the words of
+ * upstream.h and steering.h change only as their tables allow. After each run: no slot had two
  * holders, none is lost, nobody slept beside a free slot (unless somebody died or stopped), and old leases fit nowhere.
  *
  *   interleave [SCENARIO|all|I/N] [seconds for each] [seed] walk; I/N: the scenarios I, I + N, I + 2N, ...
@@ -1178,7 +1179,7 @@ static void explore(const struct scenario *which, double seconds)
     walking_randomly = level < levels;
     for (bounds = (struct bounds){3, 2, 2, 1}; walking_randomly && real_ns() < end;) {
         planned = 0;
-        bounds.kills = (scenario->flags & ONE_PROCESS) ? 0 : runs % 3; /* a third of the runs without any death: there nobody may rely on slices */
+        bounds.kills = (scenario->flags & ONE_PROCESS) ? 0 : runs % 3; /* a third without any death: there nobody may rely on slices */
         bounds.stops = bounds.kills == 1;
         run();
     }

@@ -1,8 +1,9 @@
 /* stress.c: threads play workers, at random, over the real core; for the sanitizers.
  *
  * Some handles are shared by two threads, as in a process with threads; one thread makes short-lived workers that die with
- * leases, and one checks idle connections, makes the pool smaller and larger, pauses it, evicts, fails dials. Each holder of a slot writes to a payload of plain memory: ThreadSanitizer reports a race when a slot changes hands
- * in an order that is too weak, and a second holder is found by everyone. At the end the pool is closed under way.
+ * leases; one checks idle connections, makes the pool smaller and larger, pauses it, evicts, fails dials. Each holder of a slot
+ * writes to a payload of plain memory: ThreadSanitizer reports a race when a slot changes hands in an order that is too weak, and a
+ * second holder is found by everyone. At the end the pool is closed under way.
  *
  *   stress [ROUNDS of each thread] [SEED]
  */

@@ -673,8 +673,8 @@ static void one_maintainer(void)
     end();
 }
 
-/* One that has not said for long that it is at work is helped; it comes back, and the helpers stop. */
-static void helpers(void)
+/* One that has not said for long that it is at work is helped; it comes back, and the others stop. */
+static void a_silent_maintainer(void)
 {
     begin(1, 1);
     a64_shm *said = &pool->slab.header->maintained_ns;
@@ -1237,7 +1237,7 @@ int main(void)
     RUN(reasons);
     RUN(most_idle);
     RUN(one_maintainer);
-    RUN(helpers);
+    RUN(a_silent_maintainer);
     RUN(leaving);
     RUN(closing);
     RUN(closing_takes_idle_and_offered);

@@ -176,8 +176,8 @@ static void draining(void)
     end();
 }
 
-/* What becomes idle while the pool drains or is closed ends, whichever way it comes back: by a release that saw the change too late, by a check,
- * by a promise that is not kept. */
+/* What becomes idle while the pool drains or is closed ends, whichever way it comes back: by a release that saw the change too
+ * late, by a check, by a promise that is not kept. */
 static void what_comes_back_ends(void)
 {
     for (int state = SHM_POOL_CLOSED; state <= SHM_POOL_DRAINING; state += SHM_POOL_DRAINING - SHM_POOL_CLOSED) {

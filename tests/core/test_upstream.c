@@ -24,7 +24,10 @@ static uint64_t word(void) { return atomic_load(&slab->header->upstream); }
 static enum upstream_state state(void) { return upstream_state(word()); }
 static uint64_t failures(void) { return atomic_load(&slab->header->upstream_failures); }
 
-static enum upstream_answer ask_at(uint32_t owner, uint64_t now, uint64_t *seen) { return upstream_ask(slab, owner, true, now, &backoff, seen); }
+static enum upstream_answer ask_at(uint32_t owner, uint64_t now, uint64_t *seen)
+{
+    return upstream_ask(slab, owner, true, now, &backoff, seen);
+}
 /* A dial that is let through. */
 static uint64_t go(uint32_t owner, uint64_t now)
 {
