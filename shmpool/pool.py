@@ -912,7 +912,7 @@ class Pool(_core.PoolBase):
 
     def _call_dial(self, request: DialRequest) -> tuple[socket.socket, bytes]:
         """Call the dial of this pool; every failure of it is a DialError with its cause."""
-        if self._target is not None:  # every failure of it is a DialError; what else comes here, a signal handler raised
+        if self._target is not None:  # it raises errors of ours only; what else comes here, a signal handler raised
             return dial_target(self._target, request, self._config), b""
         assert self._config.dial is not None
         started = time.monotonic()
