@@ -820,7 +820,7 @@ def test_processes_that_share_a_name(family: Family) -> None:
 
     def member() -> bytes:
         go.wait()
-        with Pool.listen(f"tcp://127.0.0.1:{port}", name=name, max_connections=4) as pool:
+        with Pool.listen(f"tcp://127.0.0.1:{port}", name=name, max_connections=4, get_timeout=TIMEOUT_S) as pool:
             said = echo(pool)
             gone.wait()
             return said
@@ -843,7 +843,8 @@ def _connect_when_up(port: int, say: bytes) -> socket.socket:
     def try_it() -> bool:
         nonlocal client
         with contextlib.suppress(ConnectionRefusedError):
-            client = socket.create_connection(("127.0.0.1", port))
+            # From another address: with nobody listening yet, TCP may connect a socket to itself.
+            client = socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0))
         return client is not None
 
     until(try_it, "somebody listens")
