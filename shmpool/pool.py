@@ -76,6 +76,7 @@ SPARE_DESCRIPTORS = 64  # left to the rest of the process when the limit is chec
 _POLL_S = 0.002
 
 _DIAL_PATIENCE_S = 0.5
+_OTHERS_PATIENCE_S = 0.2  # of maintain(), for dials that others have begun
 DRAIN_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 10.0
 _FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 0.1, 0.5  # for the descriptors; members that run send them in a millisecond
@@ -419,10 +420,16 @@ class Pool(_core.PoolBase):
         """
         self._refuse_closed()
         maintain_now(self)
-        if self._open_connections() < self._config.effective_min_connections and self.state == "open":
-            state, _, _, _ = self._upstream()
-            if state in ("down", "probing"):
-                raise self._down_error()
+        deadline = time.monotonic() + _OTHERS_PATIENCE_S
+        while (missing := self._missing()) and self._counts()["dialing"] and time.monotonic() < deadline:
+            time.sleep(_POLL_S)  # another process, or the background, finds out
+        if missing and self._upstream()[0] in ("down", "probing"):
+            raise self._down_error()
+
+    def _missing(self) -> bool:
+        """Whether fewer than min_connections are open, in a pool that is."""
+        there = self._open_connections() - self._counts()["dialing"]
+        return there < self._config.effective_min_connections and self.state == "open"
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until `min_connections` are open, at most `timeout` seconds (None: the pool's get_timeout).
@@ -540,6 +547,7 @@ class Pool(_core.PoolBase):
             return 0
         slab_id, _ = self._identity()
         was_open = not self.closed
+        self._maintenance.stop()  # first: what it finds closed, it would give back under our hands
         self._shut()
         slab.remove_own(self._name, slab_id)
         self._remove_own_socket()
@@ -548,7 +556,6 @@ class Pool(_core.PoolBase):
         while (out := self._leases_out()) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             self._recover()  # a holder may die meanwhile
-        self._maintenance.stop()
         self._end_dials()
         self._finish()
         if was_open:

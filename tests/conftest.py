@@ -19,6 +19,7 @@ from tests.processes import Family, until
 from tests.servers import ExclusiveServer
 
 SEGMENTS = Path("/dev/shm")
+LONG_FILES = ("test_servers_", "test_serving", "test_life", "test_outage", "test_day")
 
 
 def _held_descriptors() -> dict[int, str]:
@@ -60,9 +61,9 @@ def _mapped_segments() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Recipes for real servers are for `make check`, but for those marked as quick."""
+    """Recipes for real servers, and long scenarios, are for `make check`, but for those marked as quick."""
     for item in items:
-        if item.path.name.startswith("test_servers_") and not item.get_closest_marker("quick"):
+        if item.path.name.startswith(LONG_FILES) and not item.get_closest_marker("quick"):
             item.add_marker("servers")
 
 

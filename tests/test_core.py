@@ -637,7 +637,7 @@ MUTANTS = [
         "pool.c",
         "|| !SHM_CAS_SEQ(queue, row->mark, &marked, 0))",
         "||\n            SHM_LOAD_SEQ(queue, row->mark) != marked || (SHM_SWAP_SEQ(queue, row->mark, 0), false))",
-        *_walk("adopt-two"),
+        *_walk("adopt-once"),
     ),
     Mutant("a dial for other kinds is adopted", "pool.c", " || (wanted & ~mask) || ", " || !mask || ", "test_pool"),
     Mutant(

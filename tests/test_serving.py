@@ -572,18 +572,16 @@ def test_tls_serves_one_lease(listen: Callable[..., Pool], certificate: tuple[Pa
             while part := client.recv(100):
                 heard.append(part)
 
-    def mumble() -> None:
-        with connect(pool, b"no TLS at all\r\n") as plain:
-            is_over(plain)
-
-    threads = [threading.Thread(target=mumble), threading.Thread(target=talk)]
-    for thread in threads:
+    with connect(pool, b"no TLS at all\r\n") as mumbles:
+        thread = threading.Thread(target=talk)
         thread.start()
-    with pool.get() as conn:
-        assert isinstance(conn.socket, ssl.SSLSocket)
-        conn.socket.sendall(conn.socket.recv(100))
-    for thread in threads:
+        with pool.get() as conn:
+            assert isinstance(conn.socket, ssl.SSLSocket)
+            conn.socket.sendall(conn.socket.recv(100))
         thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
+        mumbles.recv(100)  # an alert
+        assert is_over(mumbles)
     assert heard == [b"a secret"]
     assert pool.stats().closed["letter"] == 1
 

@@ -79,6 +79,7 @@ static unsigned old_count;
 static unsigned twins_released;
 static bool paused;                     /* somebody has paused the pool, and not begun to resume it */
 static unsigned pauses, shrunk, opened; /* how often; the cap once resize() is done, 0 before; connections there are */
+static unsigned adopted;                /* how often the dial of the run was */
 
 /* ---- failing ---- */
 
@@ -545,7 +546,7 @@ static void restore(void)
     memcpy(holder, saved_holder, sizeof holder);
     now_ns = saved_now_ns;
     atomic_store(&checker->slab.header->recovery_checked_ns, now_ns);
-    depth = steps = rounds = old_count = twins_released = pauses = shrunk = 0;
+    depth = steps = rounds = old_count = twins_released = pauses = shrunk = adopted = 0;
     paused = false;
     opened = saved_opened;
     used = (struct bounds){0};
@@ -836,6 +837,20 @@ static void body_dial_interrupted(void)
     waiter_wake_all(&current->pool->slab);
 }
 
+/* Wait for the dial that nobody waits for, if there is one. */
+static void body_adopt(void)
+{
+    struct waiter_place place = {0};
+    struct pool_claim claim;
+    enum pool_taken taken = play_take(current->pool, PLAY_ANY, &place, &claim);
+    adopted += taken == TAKEN_ADOPTED;
+    CHECK(adopted <= 1);
+    if (taken != TAKEN_LEASED)
+        return;
+    hold(&claim);
+    give();
+}
+
 /* The caller for whom a dial is under way: in the queue since before, until it is served or its time is over. */
 static void wait_on(uint64_t timeout_ns)
 {
@@ -1093,6 +1108,7 @@ static const struct scenario scenarios[] = {
     {"herd", 3, 5, 3, 0, nothing_open, {body_get, body_get, body_get}, NULL, 0, 0},
     {"adopt", 1, 5, 3, 0, orphan_dial, {body_dial_succeeds, body_lease, body_lease}, NULL, 0, 0},
     {"adopt-alone", 2, 5, 2, 0, orphan_dial, {body_dial_succeeds, body_get}, NULL, 0, 0},
+    {"adopt-once", 1, 5, 3, 0, orphan_dial, {body_dial_succeeds, body_adopt, body_adopt}, NULL, 0, 0},
     {"adopt-two", 2, 5, 3, 0, orphan_dial, {body_dial_succeeds, body_get, body_get}, NULL, 0, 0},
     {"adopt-and-fail", 1, 5, 3, 0, orphan_dial, {body_dial_fails, body_lease, body_lease}, NULL, BY_TIME, 0},
     {"orphan", 1, 5, 3, 0, dial_for_second, {body_dial_succeeds, body_wait_on_briefly, body_lease}, NULL, 0, 0},
