@@ -745,7 +745,7 @@ def test_pools_that_are_dropped_leave_nothing(server: ExclusiveServer, family: F
             for _ in range(10):
                 live()
             gc.collect()
-            until(lambda: gc.collect() is not None and remains() == before, f"{before} as before", SOON_S)
+            until(lambda: gc.collect() is not None and sum(remains()) <= sum(before), f"{before} as before", SOON_S)
 
     segments = {path.name for path in SEGMENTS.glob(f"shmpool-{os.getuid()}-*")}
     live_often()

@@ -327,7 +327,7 @@ def test_a_returned_connection_is_had_before_the_dial_is_over(server: ExclusiveS
     with Pool(dial=dial, max_connections=2, min_connections=0, **BY_HAND) as pool, ThreadPoolExecutor(3) as threads:
         first = pool.get()
         waiter = threads.submit(pool.get, 20)
-        until(lambda: states(pool).get("dialing") == 1, "a dial for the second")
+        until(lambda: len(dials.times()) == 2, "a dial for the second")
         first.release()
         second = waiter.result(SLACK_S)
         assert (second.id, len(dials.times())) == (1, 2)

@@ -580,8 +580,9 @@ def test_tls_serves_one_lease(listen: Callable[..., Pool], certificate: tuple[Pa
             conn.socket.sendall(conn.socket.recv(100))
         thread.join(TIMEOUT_S)
         assert not thread.is_alive()
-        mumbles.recv(100)  # an alert
-        assert is_over(mumbles)
+        with contextlib.suppress(ConnectionResetError):
+            while mumbles.recv(100):  # an alert; then the end
+                pass
     assert heard == [b"a secret"]
     assert pool.stats().closed["letter"] == 1
 

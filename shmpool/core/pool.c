@@ -765,7 +765,8 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
     bool was_there = SHM_LOAD(row, row->connection) && !(SHM_LOAD(row, row->kind) >> SHM_KIND_WANTED_SHIFT);
     struct ended *note = was_there ? note_ended(pool, claim->slot, reason) : NULL;
     mailbox_drain(pool->mailboxes[claim->slot]);
-    pool_count_total(pool, was_there ? reason : SHM_T_dial_failures, 1);
+    if (was_there || SHM_LOAD(row, row->connection)) /* else its process died before the dial began */
+        pool_count_total(pool, was_there ? reason : SHM_T_dial_failures, 1);
     if (reason == SHM_T_closed_broken)
         upstream_suspect(&pool->slab);
     make_empty(pool, claim);
