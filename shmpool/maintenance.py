@@ -37,6 +37,7 @@ import logging
 import math
 import os
 import random
+import sys
 import threading
 import time
 import weakref
@@ -315,10 +316,11 @@ class Maintenance:
     # ---- its life --------------------------------------------------------------------------------------------------
 
     def start(self, pool: Maintained) -> None:
-        """See that the thread runs. Nothing happens when it does, after stop(), and with an interval of math.inf."""
+        """See that the thread runs. Nothing happens when it does, after stop(), with an interval of math.inf, and in
+        processes of uWSGI."""
         self._notice_fork()
-        if math.isinf(pool.config.maintenance_interval):
-            return
+        if math.isinf(pool.config.maintenance_interval) or "uwsgi" in sys.modules:
+            return  # uWSGI forks without the interpreter's lock: a child would wait for it for ever
         with self._lock:
             if self._ended:
                 return

@@ -247,36 +247,6 @@ def test_an_outage_with_two_hundred_callers(
         audit(pool, server=None if mode == "reset" else server)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_callers_with_less_time_than_a_dial_takes(
-    server: ExclusiveServer, family: Family, dials: Dials, known: bool
-) -> None:
-    """The server hangs, a dial would have to wait for longer than any caller does: it is noticed all the same, whether
-    it was there before or not. Breaks when a dial ends with its caller, says nothing, and the next caller dials."""
-    backoff, timeout, connection_timeout = (0.1, 0.2), 0.03, 0.3
-    times: dict[str, Any] = {"dial_backoff": backoff, "connection_timeout": connection_timeout}
-    with proven(server, 8, when_down="wait", alive_bypass=0, **times) as pool:
-        if known:
-            use(pool)
-        server.hang()
-        server.close_connections()
-        begun = time.monotonic()
-
-        def ask_again(_number: int) -> int:
-            turns = 0
-            while time.monotonic() < begun + 2:
-                with pytest.raises(PoolTimeout):
-                    pool.get(timeout=timeout)
-                turns += 1
-            return turns
-
-        turns = many(family, pool, 40, ask_again)(30)
-        seldom(dials.times(begun), backoff, begun + 2)
-        print(f"{sum(turns)} calls")
-        server.listen()
-        assert use(pool, timeout_s=connection_timeout + backoff[1] + SLACK_S)
-
-
 # ---- what is there is used meanwhile ---------------------------------------------------------------------------------
 
 

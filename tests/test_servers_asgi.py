@@ -198,7 +198,15 @@ def wait_until_started(server: WebServer, workers: int) -> None:
 
 
 def stop_granian(server: WebServer, workers: int) -> None:
+    """They say that they have started a moment before they listen to signals; when they answer, they do."""
     wait_until_started(server, workers)
+    waiting = set(server.children())
+
+    def all_have_answered() -> bool:
+        waiting.discard(server.ask("/pid")["pid"])
+        return not waiting
+
+    until(all_have_answered, "each worker has answered")
     server.stop()
 
 

@@ -30,7 +30,6 @@
 #include "service.h"
 
 enum { SPARE_LEASES = 8, RECEIVE_TIMEOUT_NS = 200000000 };
-#define IMPATIENT_NS UINT64_C(1000000000) /* a call with less time lets another thread dial, also when nothing else can come back */
 #define ADOPTED_PATIENCE_NS UINT64_C(200000000) /* a dial of another process that takes longer may be one that is stopped */
 
 PyTypeObject *lease_type;
@@ -1446,10 +1445,7 @@ static PyObject *begin_dial(PoolObject *self, struct pool_claim *claim, struct r
 {
     request->attempts++;
     pool_announce_dial(&self->pool, claim, request->mask, false);
-    /* A dial that is cut short by an impatient caller says nothing of the server; in a thread of its own it comes to its end. */
-    bool impatient = request->deadline_ns - clock_now() < IMPATIENT_NS;
-    if (request_waits(request) && (impatient || !claim->alone) && !self->cannot_mail && enter_queue(self, request) &&
-        dial_apart(self, claim, request))
+    if (request_waits(request) && !claim->alone && !self->cannot_mail && enter_queue(self, request) && dial_apart(self, claim, request))
         return NULL;
     return lease_dialled(self, claim, request);
 }

@@ -604,7 +604,7 @@ static void notes_of_the_dead(void)
     CHECK(note->slot == held.slot && note->reason == SHM_T_closed_owner_died);
     free(note);
     CHECK_EQ(play_total(pool, SHM_T_closed_owner_died), 1);
-    CHECK_EQ(play_total(pool, SHM_T_dial_failures), failures + 3);
+    CHECK_EQ(play_total(pool, SHM_T_dial_failures), failures + 1);
     play_end(dead);
     pool->notes_ended = false;
     end();
