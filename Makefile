@@ -31,7 +31,7 @@ test: $(HAS)test $(EXTENSION) ## run all tests but the long recipes and the sani
 
 check: lint types build test servers sanitize bench-smoke ## all of CI
 
-servers: $(HAS)test $(EXTENSION) ## the recipes for real servers, and long scenarios, with processes killed on the way
+servers: $(HAS)test $(EXTENSION) ## recipes for real servers, long scenarios, mutants of the core
 	$(BIN)/python -m pytest -q -n auto -m servers
 
 sanitize: $(HAS)test $(EXTENSION) ## run the C core's tests under the sanitizers

@@ -884,7 +884,7 @@ MUTANTS = [
 
 
 def _marks(mutant: Mutant) -> list[pytest.MarkDecorator]:
-    marks = [pytest.mark.sanitize] if mutant.flavour is THREAD else []
+    marks = [pytest.mark.sanitize] if mutant.flavour is THREAD else [pytest.mark.servers]
     if mutant.needs_root:
         marks.append(pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"))
     return marks
