@@ -5,10 +5,9 @@
  *   PooledConnection   one lease
  *   SlabView           a read-only look at a slab (module_view.c)
  *
- * What the subclass provides: _dial(mask, timeout, slot, id) -> (socket, fd, bucket, private, mailed, lifetime, peer, metadata);
- * _wrap(fd, bucket) -> (socket, mark); _restore(socket) -> bool; _peer(bucket, address, socket); _error(kind, mask, waited, timeout,
- * cause) -> exception; _left() after the last resource went. In a pool that listens, in place of _dial: _take_client() and _accept_client(slot,
- * id, fd, mailed, taken) -> as _dial, None when no client came of it; _client_refused(exception, slot, id).
+ * What the subclass provides: _dial(mask, left, slot, id, timeout, attempt, upstream) -> (socket, mark, fd, bucket, private, mailed, lifetime,
+ * peer, metadata); _wrap(fd, bucket) -> (socket, mark); _restore(socket) -> bool; _peer(bucket, address, socket); _error(kind, mask, waited,
+ * timeout) -> exception; _refused(cause, attempt, upstream) -> exception; _ended(rows), _joined(), _upstream_is_up(), _forget_thread(): to be told.
  *
  * Threads: with the GIL all of this is serialised except where it is released (sleeping, dialling, ending connections). Without it
  * (free-threaded builds) what belongs to a slot is touched only by the thread that holds the slot, and a lease belongs to the
