@@ -408,7 +408,7 @@ class PoolConfig:
     leak_stacks: bool = _setting(False, _flag, own=True)
 
     # Sizes of the shared segment and of each process's private list of idle slots.
-    max_waiters: int = _setting(1024, _whole(1, 4032))
+    max_waiters: int = _setting(1024, _whole(1, 3968))
     max_workers: int = _setting(128, _whole(1, 4096))
     local_cache_size: int = _setting(8, _whole(0, 64), own=True)
 

@@ -369,7 +369,7 @@ def test_infinity_only_where_it_means_never(name: str) -> None:
         ("leak_timeout", [0.001, math.inf], [0]),
         ("leak_action", ["report", "revoke"], ["close", None, True]),
         ("backlog", [1, 65535], [0, 65536]),
-        ("max_waiters", [1, 4032], [0, 4033]),
+        ("max_waiters", [1, 3968], [0, 3969]),
         ("max_workers", [1, 4096], [0, 4097]),
         ("local_cache_size", [0, 64], [-1, 65]),
         ("udp_clear_timeout", [0, 1], []),

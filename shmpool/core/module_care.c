@@ -252,7 +252,6 @@ PyObject *care_maintainer(PoolObject *self, PyObject *unused)
     (void)unused;
     if (!check_made(self))
         return NULL;
-    steering_settle(&self->pool.slab);
     if (self->finished || !pool_is_open(&self->pool))
         Py_RETURN_FALSE;
     return ensure_joined(self) ? PyBool_FromLong(pool_be_maintainer(&self->pool)) : NULL;
@@ -629,8 +628,8 @@ PyObject *care_steer(PoolObject *self, PyObject *args)
     const char *name;
     if (!check_made(self) || !PyArg_ParseTuple(args, "s", &name))
         return NULL;
-    enum pool_state state = steering_state_named(name);
-    if (!state || state == SHM_POOL_CLOSED)
+    enum pool_state state;
+    if (!steering_state_named(name, &state) || state == SHM_POOL_CLOSED)
         return PyErr_Format(PyExc_ValueError, "a pool is not steered to be %s", name);
     return PyBool_FromLong(steering_state(&self->pool.slab, state));
 }

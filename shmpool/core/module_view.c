@@ -154,7 +154,7 @@ PyObject *snapshot_build(struct slab *slab, int fd)
         "{sssssssIsIsdsKsssIsIsIsIsK sN s(III) sN sN s(sssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
         header->target, "config", header->config, "uid", header->creator_uid, "creator_pid", header->creator_pid, "created_at",
         (double)header->created_realtime_ns / 1e9, "now", (unsigned long long)clock_now(), "state",
-        steering_state_name((enum pool_state)SHM_LOAD(hint, header->state)), "max_connections", steering_cap(slab), "resize_limit",
+        steering_state_name(steering_now(slab)), "max_connections", steering_cap(slab), "resize_limit",
         header->max_slots - (header->listening ? SERVICE_RESERVED : 0), "max_workers", header->max_workers, "max_waiters", header->max_waiters, "size",
         (unsigned long long)header->total_size, "upstream", upstream_dict(slab), "prewarm", SHM_LOAD(hint, header->prewarm_created),
         SHM_LOAD(hint, header->prewarm_failed), SHM_LOAD(hint, header->prewarm_done), "totals",
@@ -258,7 +258,7 @@ static PyObject *view_identity(ViewObject *self, PyObject *unused)
         return NULL;
     struct header_shm *header = self->slab.header;
     return Py_BuildValue("y#sssKIN", header->id, (Py_ssize_t)sizeof header->id, header->name, header->config, header->rendezvous,
-                         (unsigned long long)header->listener_inode, header->creator_pid, PyBool_FromLong(SHM_LOAD(hint, header->state) != SHM_POOL_CLOSED));
+                         (unsigned long long)header->listener_inode, header->creator_pid, PyBool_FromLong(steering_now(&self->slab) != SHM_POOL_CLOSED));
 }
 
 /* mailboxes() -> [inode of each slot's mailbox] */
@@ -357,8 +357,8 @@ static PyObject *view_steer(ViewObject *self, PyObject *args)
     struct slab *slab = view_to_steer(self);
     if (!slab || !PyArg_ParseTuple(args, "s:steer", &name))
         return NULL;
-    enum pool_state state = steering_state_named(name);
-    if (!state)
+    enum pool_state state;
+    if (!steering_state_named(name, &state))
         return PyErr_Format(PyExc_ValueError, "no pool is %s", name);
     return PyBool_FromLong(steering_state(slab, state));
 }

@@ -576,9 +576,9 @@ static enum pool_taken admit(struct pool *pool, const struct waiter_place *place
     case SHM_POOL_DRAINING:
         return place && place->queued ? TAKEN_LEASED : TAKEN_DRAINING;
     case SHM_POOL_CLOSED:
-        return TAKEN_CLOSED;
+        break;
     }
-    return TAKEN_DAMAGED;
+    return TAKEN_CLOSED;
 }
 
 enum pool_taken pool_take(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim)

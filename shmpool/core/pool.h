@@ -122,7 +122,7 @@ static inline bool pool_is_open(const struct pool *pool) { return steering_now(&
 /* Open, and neither paused nor draining. */
 static inline bool pool_is_plain(const struct pool *pool)
 {
-    return SHM_LIKELY(!(SHM_LOAD_SEQ(queue, pool->slab.header->summary) & SHM_ATTENTION));
+    return SHM_LIKELY(steering_now(&pool->slab) == SHM_POOL_OPEN);
 }
 
 /* ---- get ---- */

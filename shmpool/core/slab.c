@@ -88,7 +88,6 @@ void slab_format_new(struct slab *slab, void *base, const struct slab_layout *la
     copy_text(header->rendezvous, sizeof header->rendezvous, who->rendezvous);
     SHM_STORE(hint, header->next_connection, 1);
     SHM_STORE(hint, header->next_ticket, 1);
-    SHM_STORE(hint, header->state, SHM_POOL_OPEN);
     uint32_t cap = who->cap ? who->cap : layout->max_slots;
     assert(cap <= layout->max_slots);
     SHM_STORE(hint, header->cap, cap);
@@ -130,9 +129,6 @@ enum slab_verdict slab_open(struct slab *slab, void *base, uint64_t size)
     if (!text_ends(header->name, sizeof header->name) || !text_ends(header->target, sizeof header->target) ||
         !text_ends(header->config, sizeof header->config) || !text_ends(header->rendezvous, sizeof header->rendezvous))
         return SLAB_BAD_TEXT;
-    uint32_t state = SHM_LOAD(hint, header->state);
-    if (state < SHM_POOL_OPEN || state > SHM_POOL_DRAINING)
-        return SLAB_BAD_STATE;
     slab_point(slab, base, &layout);
     return SLAB_OK;
 }
@@ -147,7 +143,6 @@ const char *slab_verdict_text(enum slab_verdict verdict)
         [SLAB_FOREIGN_FORMAT] = "it was written by a build of shmpool with another layout",
         [SLAB_BAD_SIZES] = "its sizes contradict each other or the size of the segment",
         [SLAB_BAD_TEXT] = "a text in its header does not end",
-        [SLAB_BAD_STATE] = "its state is none that exists",
     };
     assert((size_t)verdict < sizeof texts / sizeof texts[0]);
     return texts[verdict];

@@ -35,7 +35,7 @@ enum {
     SHM_MAX_SLOTS = 100000,
     SHM_MAX_WORKERS = 4096,
     SHM_WAITER_GROUP = 64,                      /* waiters that share a bit of the summary */
-    SHM_MAX_WAITERS = 63 * SHM_WAITER_GROUP,    /* bit 63 of the summary is the attention bit */
+    SHM_MAX_WAITERS = 62 * SHM_WAITER_GROUP,    /* the summary's upper two bits are the pool's state */
     SHM_BUCKETS = 5,                            /* enum bucket */
     SHM_BITMAPS = SHM_BUCKETS + 1,              /* and the list of EMPTY slots */
     SHM_EMPTY_LIST = SHM_BUCKETS,
@@ -56,7 +56,7 @@ enum bucket { BUCKET_TCP4, BUCKET_TCP6, BUCKET_UDP4, BUCKET_UDP6, BUCKET_UNIX };
 _Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list");
 
 #define SHM_MAGIC UINT64_C(0x6c6f6f706d687301) /* "\x01shmpool" */
-#define SHM_VERSION UINT32_C(3)
+#define SHM_VERSION UINT32_C(4)
 #define SHM_NO_WORKER UINT32_C(0) /* worker numbers in words are index + 1 */
 
 /* ---- counters: one list yields the enum, the names, the Python side and the table in docs/design.md ---- */
@@ -156,10 +156,9 @@ struct header_shm {
     a64_shm upstream_since_ns; /* when it went down (hint) */
     a64_shm upstream_error[SHM_ERROR_BYTES / 8]; /* the text of the last failure (hint) */
 
-    /* read by every get() and release(): the waiter summary and, in bit 63, "look at `state` first" */
+    /* read by every get() and release(): a bit for each group of waiters (waiter.h) and the pool's state in the upper two (steering.h); 0, which is
+     * all that a warm call looks for: it is open and nobody waits */
     _Alignas(64) a64_shm summary;
-    a32_shm state; /* enum pool_state */
-    a32_shm padding_c;
 
     /* changed now and then, by anyone */
     _Alignas(64) a64_shm next_connection;  /* the id of the next connection */
@@ -170,8 +169,9 @@ struct header_shm {
 };
 
 /* who changes it and when: steering.h */
-enum pool_state { SHM_POOL_OPEN = 1, SHM_POOL_CLOSED = 2, SHM_POOL_PAUSED = 3, SHM_POOL_DRAINING = 4 };
-#define SHM_ATTENTION (UINT64_C(1) << 63)
+enum pool_state { SHM_POOL_OPEN, SHM_POOL_PAUSED, SHM_POOL_DRAINING, SHM_POOL_CLOSED };
+#define SHM_STATE_SHIFT 62
+#define SHM_STATE_MASK (UINT64_C(3) << SHM_STATE_SHIFT)
 
 struct totals_shm {
     a64_shm counters[SHM_T_COUNT];
@@ -275,7 +275,7 @@ struct slab_identity {
 };
 
 enum slab_verdict { SLAB_OK, SLAB_TOO_SMALL, SLAB_NO_MAGIC, SLAB_FOREIGN_VERSION, SLAB_FOREIGN_FORMAT, SLAB_BAD_SIZES,
-                    SLAB_BAD_TEXT, SLAB_BAD_STATE };
+                    SLAB_BAD_TEXT };
 
 /* Write a whole new slab into `size` zeroed bytes at `base` and open it. Only before publication. */
 void slab_format_new(struct slab *slab, void *base, const struct slab_layout *layout, const struct slab_identity *who);

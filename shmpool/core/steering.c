@@ -6,45 +6,30 @@
 
 #include "freelist.h"
 
-static const char *const state_names[] = {"invalid", "open", "closed", "paused", "draining"}; /* in the order of enum pool_state */
-_Static_assert(sizeof state_names / sizeof *state_names == SHM_POOL_DRAINING + 1, "each state has a name");
+static const char *const state_names[] = {"open", "paused", "draining", "closed"}; /* in the order of enum pool_state */
+_Static_assert(sizeof state_names / sizeof *state_names == (SHM_STATE_MASK >> SHM_STATE_SHIFT) + 1, "each state has a name");
 
-const char *steering_state_name(enum pool_state state)
-{
-    return (unsigned)state <= SHM_POOL_DRAINING ? state_names[state] : state_names[0];
-}
+const char *steering_state_name(enum pool_state state) { return state_names[state]; }
 
-enum pool_state steering_state_named(const char *name)
+bool steering_state_named(const char *name, enum pool_state *state)
 {
-    for (unsigned state = SHM_POOL_OPEN; state <= SHM_POOL_DRAINING; state++)
-        if (strcmp(name, state_names[state]) == 0)
-            return (enum pool_state)state;
-    return (enum pool_state)0;
-}
-
-void steering_settle(struct slab *slab)
-{
-    uint32_t state = SHM_LOAD_SEQ(queue, slab->header->state), seen;
-    do {
-        seen = state;
-        bool set = SHM_LOAD_SEQ(queue, slab->header->summary) & SHM_ATTENTION;
-        if (seen == SHM_POOL_OPEN && set)
-            SHM_AND_SEQ(queue, slab->header->summary, ~SHM_ATTENTION);
-        else if (seen != SHM_POOL_OPEN && !set)
-            SHM_OR_SEQ(queue, slab->header->summary, SHM_ATTENTION);
-        state = SHM_LOAD_SEQ(queue, slab->header->state);
-    } while (state != seen);
+    for (*state = SHM_POOL_OPEN; *state <= SHM_POOL_CLOSED; (*state)++)
+        if (strcmp(name, state_names[*state]) == 0)
+            return true;
+    return false;
 }
 
 bool steering_state(struct slab *slab, enum pool_state to)
 {
-    uint32_t state = SHM_LOAD_SEQ(queue, slab->header->state);
-    bool changed = false;
-    while (!changed && state != SHM_POOL_CLOSED && state != (uint32_t)to)
-        changed = SHM_CAS_SEQ(queue, slab->header->state, &state, (uint32_t)to);
-    steering_settle(slab); /* in any case: who changed it before us may have died before this */
+    uint64_t summary = SHM_LOAD_SEQ(queue, slab->header->summary), said;
+    do {
+        uint64_t state = summary >> SHM_STATE_SHIFT;
+        if (state == SHM_POOL_CLOSED || state == (uint64_t)to)
+            return false;
+        said = (summary & ~SHM_STATE_MASK) | (uint64_t)to << SHM_STATE_SHIFT;
+    } while (!SHM_CAS_SEQ(queue, slab->header->summary, &summary, said));
     waiter_wake_all(slab);
-    return changed;
+    return true;
 }
 
 bool steering_condemn(struct slab *slab, uint32_t slot, uint64_t connection, uint64_t why)

@@ -7,9 +7,8 @@
  *   PAUSED, DRAINING   OPEN       steering_state    as before
  *   any                CLOSED     steering_state    for ever
  *
- * SHM_ATTENTION in the summary says that the state is not OPEN; it alone is looked at by a warm get() and release(). It follows the state
- * (steering_settle): set or cleared after a look at the state, which is looked at again until it has not changed meanwhile. So whatever the order
- * of two who steer at once, it ends up set unless the state is OPEN.
+ * The state is the upper two bits of the summary: a warm get() and release() look at one word for it and for the waiters, and who steers changes it in one
+ * step, so that nobody can die, or be overtaken, halfway.
  *
  * The cap: only slots below `cap` open connections. A smaller cap leaves connections beyond it (in slots from `cap` to `bound`), which end when they are
  * idle or returned. While there is one, who opens a connection counts all (pool_take_empty).
@@ -30,19 +29,16 @@
 
 /* "open", "paused", ...; "invalid" for what is no state */
 const char *steering_state_name(enum pool_state state);
-/* 0 when there is no such state */
-enum pool_state steering_state_named(const char *name);
+/* false: there is no such state */
+bool steering_state_named(const char *name, enum pool_state *state);
 
 static inline enum pool_state steering_now(const struct slab *slab)
 {
-    if (SHM_LIKELY(!(SHM_LOAD_SEQ(queue, slab->header->summary) & SHM_ATTENTION)))
-        return SHM_POOL_OPEN;
-    return (enum pool_state)SHM_LOAD_SEQ(queue, slab->header->state);
+    return (enum pool_state)(SHM_LOAD_SEQ(queue, slab->header->summary) >> SHM_STATE_SHIFT);
 }
 
-/* Bring the attention bit in line with the state. Whoever died between the two is made good by the next to steer, and by maintenance. */
-void steering_settle(struct slab *slab);
-/* Change the state and wake all waiters. False: it is closed (or in that state already). */
+/* Change the state and wake all waiters (who dies between the two leaves them asleep for a WAITER_SLICE_NS at most). False: it is closed, or in that
+ * state already. */
 bool steering_state(struct slab *slab, enum pool_state to);
 /* Slots that may be used: [0, bound). */
 static inline uint32_t steering_bound(const struct slab *slab)

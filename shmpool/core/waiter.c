@@ -163,7 +163,7 @@ static void clear_group(struct slab *slab, uint32_t group)
 bool waiter_first(struct slab *slab, uint32_t mask, struct waiter_seen *seen)
 {
     bool found = false;
-    uint64_t groups = SHM_LOAD_SEQ(queue, slab->header->summary) & ~SHM_ATTENTION;
+    uint64_t groups = SHM_LOAD_SEQ(queue, slab->header->summary) & ~SHM_STATE_MASK;
     for (; groups; groups &= groups - 1) {
         uint32_t group = (uint32_t)__builtin_ctzll(groups);
         if (!search_group(slab, group, mask, seen, &found))
@@ -181,7 +181,7 @@ uint64_t waiter_since(struct slab *slab, const struct waiter_seen *seen)
 static bool first_asleep(struct slab *slab, uint32_t mask, struct waiter_seen *best)
 {
     bool found = false;
-    uint64_t groups = SHM_LOAD_SEQ(queue, slab->header->summary) & ~SHM_ATTENTION;
+    uint64_t groups = SHM_LOAD_SEQ(queue, slab->header->summary) & ~SHM_STATE_MASK;
     for (; groups; groups &= groups - 1) {
         uint32_t first = (uint32_t)__builtin_ctzll(groups) * SHM_WAITER_GROUP, end = first + SHM_WAITER_GROUP;
         for (uint32_t cell = first; cell < end && cell < slab->layout.max_waiters; cell++) {

@@ -153,6 +153,7 @@ static void is_paused(void)
 {
     third_waits_briefly();
     CHECK(steering_state(&pool->slab, SHM_POOL_PAUSED));
+    atomic_store(&pool->slab.waiters[place.cell].futex, WAITER_ASLEEP);
 }
 
 static void holds_one(void)
@@ -341,6 +342,7 @@ static void resume_again(void)
 {
     act_resume();
     CHECK(pool_is_plain(pool));
+    CHECK(!place.queued || atomic_load(&pool->slab.waiters[place.cell].futex) == WAITER_WOKEN);
 }
 static void pause_again(void)
 {
@@ -545,7 +547,6 @@ static uint64_t fingerprint(void)
     for (uint32_t i = 0; i < SHM_BITMAPS * slab->layout.bitmap_words; i++)
         MIX(slab->bitmaps[i]);
     MIX(slab->header->summary);
-    MIX(slab->header->state);
     MIX(slab->header->cap);
     MIX(slab->header->upstream & ((1 << UPSTREAM_RETRY_SHIFT) - 1));
     return sum;

@@ -27,7 +27,6 @@ static void end(void)
 }
 
 static enum pool_taken take(struct pool_claim *claim) { return play_take(other, PLAY_ANY, NULL, claim); }
-static bool attention(void) { return atomic_load(&slab->header->summary) & SHM_ATTENTION; }
 static uint64_t connection_of(const struct pool_claim *claim) { return atomic_load(&slab->slots[claim->slot].connection); }
 
 static void back(struct pool *who, struct pool_claim claim, enum pool_released expected) { CHECK_EQ(play_release(who, &claim), expected); }
@@ -44,21 +43,22 @@ static void sleep_again(const struct waiter_place *place) { atomic_store(&slab->
 
 static void names(void)
 {
-    static const char *const known[] = {"invalid", "open", "closed", "paused", "draining", "invalid"};
-    for (int i = 0; i < 6; i++)
+    static const char *const known[] = {"open", "paused", "draining", "closed"};
+    enum pool_state state;
+    for (int i = 0; i < 4; i++) {
         CHECK(!strcmp(steering_state_name((enum pool_state)i), known[i]));
-    for (int i = 1; i < 5; i++)
-        CHECK_EQ(steering_state_named(known[i]), i);
-    CHECK_EQ(steering_state_named("invalid"), 0);
-    CHECK_EQ(steering_state_named(""), 0);
+        CHECK(steering_state_named(known[i], &state) && (int)state == i);
+    }
+    CHECK(!steering_state_named("invalid", &state));
+    CHECK(!steering_state_named("", &state));
 }
 
 /* Every change of the table; each wakes all who wait. */
 static void table(void)
 {
     struct waiter_place place;
-    for (int from = SHM_POOL_OPEN; from <= SHM_POOL_DRAINING; from++)
-        for (int to = SHM_POOL_OPEN; to <= SHM_POOL_DRAINING; to++) {
+    for (int from = SHM_POOL_OPEN; from <= SHM_POOL_CLOSED; from++)
+        for (int to = SHM_POOL_OPEN; to <= SHM_POOL_CLOSED; to++) {
             begin(1, 1);
             CHECK_EQ(steering_state(slab, (enum pool_state)from), from != SHM_POOL_OPEN);
             enter(&place, 1);
@@ -66,23 +66,10 @@ static void table(void)
             CHECK_EQ(steering_state(slab, (enum pool_state)to), changes);
             CHECK(!changes || futex_of(&place) == WAITER_WOKEN);
             CHECK_EQ(steering_now(slab), from == SHM_POOL_CLOSED ? from : to);
-            CHECK_EQ(attention(), steering_now(slab) != SHM_POOL_OPEN);
+            CHECK_EQ(pool_is_plain(pool), steering_now(slab) == SHM_POOL_OPEN);
             waiter_leave(slab, &place);
             end();
         }
-}
-
-/* Who was killed between the state and the bit, or between two who steered: the next one who says the same makes it whole. */
-static void said_again(void)
-{
-    for (int state = SHM_POOL_OPEN; state <= SHM_POOL_DRAINING; state++) {
-        begin(1, 1);
-        steering_state(slab, (enum pool_state)state);
-        atomic_fetch_xor(&slab->header->summary, SHM_ATTENTION);
-        CHECK(!steering_state(slab, (enum pool_state)state));
-        CHECK_EQ(attention(), state != SHM_POOL_OPEN);
-        end();
-    }
 }
 
 static void paused(void)
@@ -180,7 +167,7 @@ static void draining(void)
  * late, by a check, by a promise that is not kept. */
 static void what_comes_back_ends(void)
 {
-    for (int state = SHM_POOL_CLOSED; state <= SHM_POOL_DRAINING; state += SHM_POOL_DRAINING - SHM_POOL_CLOSED) {
+    for (int state = SHM_POOL_DRAINING; state <= SHM_POOL_CLOSED; state++) {
         struct pool_claim claims[3], check;
         struct waiter_place place;
         uint32_t from = 0;
@@ -219,22 +206,10 @@ static void closed(void)
     CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_CLOSED); /* also who waits since before */
     back(pool, held, RELEASE_RETIRE);
     CHECK_EQ(play_total(pool, SHM_T_closed_shutdown), 1);
-    for (int state = SHM_POOL_OPEN; state <= SHM_POOL_DRAINING; state++)
+    for (int state = SHM_POOL_OPEN; state <= SHM_POOL_CLOSED; state++)
         CHECK(!steering_state(slab, (enum pool_state)state));
     CHECK(!pool_is_open(pool));
     play_leave_queue(other, &place);
-    end();
-}
-
-/* A state that does not exist gives nothing to anybody. */
-static void damaged_state(void)
-{
-    struct pool_claim claim;
-    begin(1, 1);
-    steering_state(slab, SHM_POOL_PAUSED);
-    atomic_store(&slab->header->state, 77);
-    CHECK_EQ(take(&claim), TAKEN_DAMAGED);
-    atomic_store(&slab->header->state, SHM_POOL_PAUSED);
     end();
 }
 
@@ -614,41 +589,6 @@ static void *steer_at_random(void *number)
     return NULL;
 }
 
-static pthread_barrier_t barrier;
-static void *steer_in_rounds(void *number)
-{
-    struct check_random *random = &randoms[*(uint32_t *)number];
-    for (;;) {
-        pthread_barrier_wait(&barrier);
-        if (atomic_load(&over))
-            return NULL;
-        for (int i = 0; i < 5; i++)
-            steering_state(slab, check_random(random) % 2 ? SHM_POOL_OPEN : check_random(random) % 2 ? SHM_POOL_PAUSED : SHM_POOL_DRAINING);
-        pthread_barrier_wait(&barrier);
-    }
-}
-
-static void look_after_each_round(void)
-{
-    for (uint64_t round = 0; round < 10 * rounds; round++) {
-        pthread_barrier_wait(&barrier);
-        pthread_barrier_wait(&barrier);
-        CHECK_EQ(attention(), atomic_load(&slab->header->state) != SHM_POOL_OPEN);
-    }
-    atomic_store(&over, true);
-    pthread_barrier_wait(&barrier);
-}
-
-/* When nobody steers any more the bit says what the state is. */
-static void the_bit_follows_the_state(void)
-{
-    begin_players(1);
-    CHECK(pthread_barrier_init(&barrier, NULL, THREADS + 1) == 0);
-    run_players(steer_in_rounds, look_after_each_round);
-    pthread_barrier_destroy(&barrier);
-    end_players();
-}
-
 static void close_under_way(void)
 {
     sched_yield();
@@ -665,7 +605,7 @@ static void closed_is_for_ever(void)
     for (int i = 0; i < 20; i++) {
         begin_players(1);
         run_players(steer_at_random, close_under_way);
-        CHECK(!pool_is_open(pool) && attention());
+        CHECK(!pool_is_open(pool));
         end_players();
     }
 }
@@ -778,7 +718,6 @@ int main(void)
     RUN(draining);
     RUN(what_comes_back_ends);
     RUN(closed);
-    RUN(damaged_state);
     RUN(grows);
     RUN(shrinks);
     RUN(permits_are_counted);
@@ -791,7 +730,5 @@ int main(void)
     RUN(closed_is_for_ever);
     RUN(nobody_gets_anything_in_a_pause);
     RUN(who_waits_is_served);
-    RUN(the_bit_follows_the_state);
-    RUN(said_again);
     RUN(resized_again);
 }
