@@ -839,6 +839,7 @@ class Pool(_core.PoolBase):
             if thread in self._interrupted or says_nothing(error.__cause__):
                 self._upstream_untried(seen)
             elif left < config.connection_timeout and took >= left:  # cut short by the caller's own deadline
+                self._upstream_doubt(seen)
                 waited = timeout - left + took
                 raise PoolTimeout(waited=waited, timeout=timeout, counts=self._counts()) from error
             else:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import pytest
 
-from shmpool import DialError, Pool, PoolTimeout
+from shmpool import DialError, DialRequest, Pool, PoolTimeout
 from shmpool.dialing import dial_target
 from tests.books import audit
 from tests.processes import LONG, Counters, Family, chance, proven, states, until, use
@@ -245,6 +245,62 @@ def test_an_outage_with_two_hundred_callers(
         assert 0 <= first - back < backoff[1] + SLACK_S
         # A reset may come before connect() returns: then there was no connection.
         audit(pool, server=None if mode == "reset" else server)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_callers_with_less_time_than_a_dial_takes(
+    server: ExclusiveServer, family: Family, dials: Dials, known: bool
+) -> None:
+    """The server hangs, a dial would have to wait for longer than any caller does: it is noticed all the same, whether
+    it was there before or not. Breaks when a dial ends with its caller, says nothing, and the next caller dials."""
+    backoff, timeout, connection_timeout = (0.1, 0.2), 0.03, 0.3
+    times: dict[str, Any] = {"dial_backoff": backoff, "connection_timeout": connection_timeout}
+    with proven(server, 8, when_down="wait", alive_bypass=0, **times) as pool:
+        if known:
+            use(pool)
+        server.hang()
+        server.close_connections()
+        begun = time.monotonic()
+
+        def ask_again(_number: int) -> int:
+            turns = 0
+            while time.monotonic() < begun + 2:
+                with pytest.raises(PoolTimeout):
+                    pool.get(timeout=timeout)
+                turns += 1
+            return turns
+
+        turns = many(family, pool, 40, ask_again)(30)
+        print(f"{sum(turns)} calls")
+        noticed = begun + connection_timeout + 2 * timeout  # the first dial to come to its end has come to it
+        seldom([at for at in dials.times(begun) if at > noticed], backoff, begun + 2)
+        assert len([at for at in dials.times(begun) if at <= noticed]) <= 3 * 8
+        server.listen()
+        assert use(pool, timeout_s=connection_timeout + backoff[1] + SLACK_S)
+
+
+@pytest.mark.parametrize("down", ["wait", "fail"])
+def test_a_dial_that_outlasts_its_callers_serves_a_later_one(server: ExclusiveServer, down: Down) -> None:
+    """Each caller has less time than a dial takes. Breaks when each of them begins a dial of its own and ends it."""
+    dialled: list[float] = []
+
+    def slow(request: DialRequest) -> socket.socket:
+        dialled.append(request.timeout)
+        pause = threading.Event()
+        if pause.wait(min(0.3, request.timeout)) or request.timeout < 0.3:
+            raise TimeoutError("too slow")
+        return socket.create_connection(server.address)
+
+    with Pool(dial=slow, max_connections=4, min_connections=0, connection_timeout=5, when_down=down) as pool:
+        served = False
+        calls = 0
+        while not served:
+            with contextlib.suppress(PoolTimeout), pool.get(timeout=0.05):
+                served = True
+            calls += 1
+            assert calls < 100
+        assert len(dialled) == 2, dialled  # the first was cut short
+        assert calls > 3
 
 
 # ---- what is there is used meanwhile ---------------------------------------------------------------------------------

@@ -1439,12 +1439,20 @@ static bool wait_turn(PoolObject *self, struct request *request)
     return true; /* look once more, now that everybody can see that we wait */
 }
 
+/* Has this call less time than a dial may take, and the dial to come to its end all the same? */
+static bool dial_may_outlast(const PoolObject *self, const struct pool_claim *claim, const struct request *request)
+{
+    return upstream_wants_verdict(claim->upstream) && request->deadline_ns != NEVER &&
+           clock_now() + self->pool.options.backoff.patience_ns > request->deadline_ns;
+}
+
 /* An empty slot is ours: dial here, or let a thread dial and wait for whatever is there first. */
 static PyObject *begin_dial(PoolObject *self, struct pool_claim *claim, struct request *request)
 {
     request->attempts++;
     pool_announce_dial(&self->pool, claim, request->mask, false);
-    if (request_waits(request) && !claim->alone && !self->cannot_mail && enter_queue(self, request) && dial_apart(self, claim, request))
+    bool apart = !claim->alone || dial_may_outlast(self, claim, request);
+    if (apart && request_waits(request) && !self->cannot_mail && enter_queue(self, request) && dial_apart(self, claim, request))
         return NULL;
     return lease_dialled(self, claim, request);
 }

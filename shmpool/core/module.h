@@ -147,6 +147,7 @@ extern PyTypeObject *lease_type;
     X("_upstream_words", care_upstream, METH_NOARGS)                                                                   \
     X("_upstream_failed", care_upstream_failed, METH_VARARGS)                                                          \
     X("_upstream_untried", care_upstream_untried, METH_VARARGS)                                                        \
+    X("_upstream_doubt", care_upstream_doubt, METH_VARARGS)                                                            \
     X("_steer", care_steer, METH_VARARGS)                                                                              \
     X("_state", care_state, METH_NOARGS)                                                                               \
     X("_waiters", care_waiters, METH_NOARGS)                                                                           \

@@ -620,6 +620,16 @@ PyObject *care_upstream_untried(PoolObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* _upstream_doubt(seen) -> None: the time of that dial's caller was over before the server answered. */
+PyObject *care_upstream_doubt(PoolObject *self, PyObject *args)
+{
+    unsigned long long seen;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "K", &seen))
+        return NULL;
+    upstream_doubt(&self->pool.slab, seen, clock_now());
+    Py_RETURN_NONE;
+}
+
 /* ---- steering ---- */
 
 /* _steer(state) -> bool: "open", "paused" or "draining"; False when it is so already, or closed */

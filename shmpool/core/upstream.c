@@ -35,7 +35,7 @@ enum upstream_answer upstream_ask(struct slab *slab, uint32_t owner, bool waits,
         case UPSTREAM_UNPROVED:
             if (!due && waits)
                 return UPSTREAM_WAIT;
-            next = upstream_word(now + UPSTREAM_GRACE_NS, 0, 0, UPSTREAM_UNPROVED);
+            next = upstream_word(now + UPSTREAM_GRACE_NS, upstream_step(word), 0, UPSTREAM_UNPROVED);
             break;
         case UPSTREAM_DOWN:
         case UPSTREAM_PROBING:
@@ -121,6 +121,18 @@ void upstream_untried(struct slab *slab, uint64_t seen, uint64_t now)
     bool probed = upstream_state(seen) == UPSTREAM_PROBING;
     next = upstream_word(now, upstream_step(seen), 0, probed ? UPSTREAM_DOWN : UPSTREAM_UNPROVED);
     SHM_CAS_SEQ(upstream, slab->header->upstream, &word, next);
+}
+
+void upstream_doubt(struct slab *slab, uint64_t seen, uint64_t now)
+{
+    if (upstream_state(seen) == UPSTREAM_PROBING) {
+        upstream_untried(slab, seen, now);
+        return;
+    }
+    uint64_t word = load(slab);
+    while (!upstream_is_down(word) && !upstream_wants_verdict(word))
+        if (SHM_CAS_SEQ(upstream, slab->header->upstream, &word, upstream_word(now, 1, 0, UPSTREAM_UNPROVED)))
+            return;
 }
 
 void upstream_suspect(struct slab *slab)

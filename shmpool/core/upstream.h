@@ -19,6 +19,11 @@
  *   any                 UP        upstream_proved     a dialler
  *   PROBING (its own)   DOWN      upstream_untried    the prober, whose dial said nothing (interrupted); upstream_forget: recovery
  *   UP                  UNPROVED  upstream_suspect    who found a connection closed by the server
+ *   UP, UNPROVED        UNPROVED  upstream_doubt      a dialler that ran out of time before the server answered; `step` 1 says so
+ *   PROBING (its own)   DOWN      upstream_doubt      the prober, likewise
+ *
+ * A dial that is cut short proves nothing, and callers with little time could go on with such dials for ever. So a dial that follows on one, or that
+ * is a probe, is not cut short (upstream_wants_verdict): a thread of its own brings it to its end while the caller waits (dial_apart() in module.c).
  *
  * A step is the time from a failure to the next probe: backoff_first, twice that, ... backoff_last, each less a quarter at random, so
  * that hosts do not probe in step. Failures of dials that began before the last change of state are not counted twice.
@@ -69,6 +74,13 @@ bool upstream_failed(struct slab *slab, uint64_t seen, uint64_t now, const struc
 bool upstream_proved(struct slab *slab);
 /* The dial said nothing. */
 void upstream_untried(struct slab *slab, uint64_t seen, uint64_t now);
+/* The time of the dial's caller was over before the server answered. */
+void upstream_doubt(struct slab *slab, uint64_t seen, uint64_t now);
+/* Must the dial that was let through with `seen` come to an end of its own? */
+static inline bool upstream_wants_verdict(uint64_t seen)
+{
+    return upstream_state(seen) == UPSTREAM_PROBING || (upstream_state(seen) == UPSTREAM_UNPROVED && upstream_step(seen));
+}
 /* A connection was found closed by the server. */
 void upstream_suspect(struct slab *slab);
 /* Recovery: `dead` does not probe any more. */

@@ -189,6 +189,39 @@ static void untried(void)
     end();
 }
 
+/* Who ran out of time leaves a doubt, and the next dial is to come to its end; so is every probe. */
+static void doubt(void)
+{
+    uint64_t seen, now = NOW_NS + FIRST_NS;
+    begin();
+    seen = go(1, NOW_NS);
+    CHECK(!upstream_wants_verdict(seen)); /* nobody has ever failed */
+    upstream_doubt(slab, seen, NOW_NS);
+    upstream_untried(slab, seen, NOW_NS);
+    seen = go(2, NOW_NS); /* at once */
+    CHECK(upstream_wants_verdict(seen));
+    upstream_untried(slab, seen, NOW_NS); /* that one was interrupted: the doubt stays */
+    seen = go(3, NOW_NS);
+    CHECK(upstream_wants_verdict(seen));
+    upstream_doubt(slab, seen, NOW_NS); /* nothing new */
+    CHECK_EQ(word(), seen);
+    CHECK(!upstream_proved(slab)); /* it was never down */
+    seen = go(1, NOW_NS);
+    CHECK(!upstream_wants_verdict(seen));
+    upstream_doubt(slab, seen, NOW_NS);
+    CHECK_EQ(state(), UPSTREAM_UNPROVED);
+    CHECK(fail(go(2, NOW_NS), NOW_NS));
+    upstream_doubt(slab, seen, NOW_NS); /* what is known is known */
+    CHECK_EQ(upstream_left(slab, NOW_NS), FIRST_NS);
+    seen = go(2, now);
+    CHECK(upstream_wants_verdict(seen));
+    upstream_doubt(slab, seen, now);
+    CHECK_EQ(state(), UPSTREAM_DOWN);
+    CHECK_EQ(upstream_left(slab, now), 0);
+    CHECK_EQ(failures(), 1);
+    end();
+}
+
 static void suspect(void)
 {
     uint64_t seen;
@@ -511,6 +544,7 @@ int main(void)
     RUN(older_failures_count_once);
     RUN(late_prober);
     RUN(untried);
+    RUN(doubt);
     RUN(suspect);
     RUN(forget);
     RUN(damage);
