@@ -317,10 +317,10 @@ class Maintenance:
 
     def start(self, pool: Maintained) -> None:
         """See that the thread runs. Nothing happens when it does, after stop(), with an interval of math.inf, and in
-        processes of uWSGI."""
+        the process that uWSGI forks its workers from."""
         self._notice_fork()
-        if math.isinf(pool.config.maintenance_interval) or "uwsgi" in sys.modules:
-            return  # uWSGI forks without the interpreter's lock: a child would wait for it for ever
+        if math.isinf(pool.config.maintenance_interval) or _is_uwsgi_master():
+            return
         with self._lock:
             if self._ended:
                 return
@@ -520,6 +520,13 @@ class Maintenance:
         pool = self._pool() if self._pool is not None else None
         extra = {"pool": pool.name if pool is not None else "", "reason": "maintenance"}
         logger.warning("%s", text, exc_info=error, extra=extra)
+
+
+def _is_uwsgi_master() -> bool:
+    """Whether uWSGI forks this process. It does so without the interpreter's lock: if a thread had it, a child would
+    wait for it for ever. Its workers and mules fork no more."""
+    uwsgi = sys.modules.get("uwsgi")
+    return uwsgi is not None and not (uwsgi.worker_id() or uwsgi.mule_id())
 
 
 def maintain_now(pool: Maintained) -> None:

@@ -221,7 +221,13 @@ class Day:
         tally = Tally(self.tally_path, PLACES)
         served = tally.total()["successes"]
         try:
-            until(lambda: tally.total()["successes"] >= served + 200, "they are served again")
+            until(
+                lambda: tally.is_over() or tally.total()["successes"] >= served + 200,
+                "they are served again",
+            )
+            if tally.is_over():  # one of them met what it did not expect, and has ended the day
+                for _, worker in self.workers:
+                    worker.answer()
         except AssertionError as error:
             stats = self.pool.stats()
             raise AssertionError(f"{error}: {states(self.pool)}, {stats.waiting} wait, {stats.upstream}") from error

@@ -243,6 +243,32 @@ def test_chain_reload(tmp_path: Path) -> None:
         assert not load.ledger.failed
 
 
+@every_share
+def test_maintenance(tmp_path: Path, share: Share) -> None:
+    """Workers have the pool's thread. The master has not: it forks without the interpreter's lock, and a child of a fork in
+    the middle of a tick would wait for it for ever."""
+    workers = 2
+    maintained: dict[int, bool] = {}
+
+    def all_have_answered() -> bool:
+        answer = server.ask("/pid")
+        maintained[answer["pid"]] = answer["maintained"]
+        return set(maintained) >= set(server.children())
+
+    with serving(tmp_path, "--enable-threads", share=share, workers=workers) as server:
+        with load_on(server) as load:
+            for pid in wait_for_workers(server, workers):
+                load.wait(20)
+                assert len([*Path(f"/proc/{server.pid}/task").iterdir()]) == 1
+                server.kill(pid)
+                server.wait_for_children(workers)
+        wait_for_workers(server, workers)
+        server.use_every_slot()
+        until(all_have_answered, "every worker has answered")
+        assert all(maintained.values())
+        server.finish(load, stop=lambda: stop(server, workers))
+
+
 @pytest.mark.quick
 def test_without_a_master(tmp_path: Path) -> None:
     """The first worker is the process that made the pool; nobody replaces the others."""

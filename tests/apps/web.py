@@ -113,7 +113,7 @@ def _stats(_: dict[str, str]) -> dict[str, Any]:
 
 
 ENDPOINTS: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
-    "/pid": lambda _: {},
+    "/pid": lambda _: {"maintained": pool._maintenance.is_running()},
     "/use": _use,
     "/hold": _hold,
     "/die": _die,
