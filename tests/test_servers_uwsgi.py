@@ -245,8 +245,8 @@ def test_chain_reload(tmp_path: Path) -> None:
 
 @every_share
 def test_maintenance(tmp_path: Path, share: Share) -> None:
-    """Workers have the pool's thread. The master has not: it forks without the interpreter's lock, and a child of a fork in
-    the middle of a tick would wait for it for ever."""
+    """Workers have the pool's thread. The master has not: it forks without the interpreter's lock, and a child of a
+    fork in the middle of a tick would wait for it for ever."""
     workers = 2
     maintained: dict[int, bool] = {}
 
