@@ -300,6 +300,36 @@ def test_a_revoked_lease(server: ExclusiveServer, caplog: Any) -> None:
         assert "in take" in caplog.text
 
 
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_lease_taken_away_before_its_caller_has_it(server: ExclusiveServer, warm: bool) -> None:
+    """A process that was stopped in the hook, say. Breaks when get() raises LeaseExpired, of a lease that nobody had."""
+    armed = threading.Event()
+    seen: list[int] = []
+
+    def slow(conn: PooledConnection) -> None:
+        seen.append(conn.id)
+        if armed.is_set():
+            armed.clear()
+            until(lambda: pool._overdue(0.0, True), "a moment is over")
+            ((slot, word, *_),) = pool._overdue(0.0, True)
+            assert pool._revoke(slot, word)
+        assert conn.socket
+
+    with proven(server, 2, on_borrow=slow, maintenance_interval=math.inf) as pool:
+        pool.evict()
+        pool.maintain()
+        if warm:
+            use(pool)
+        before = pool.stats()
+        armed.set()
+        with pool.get() as conn:
+            exclusive_use(conn.socket, "after")
+            assert seen[-1] == conn.id
+        assert seen[-2] != seen[-1]
+        counted = pool.stats().diff(before)
+        assert (counted.gets, counted.successes, counted.closed["revoked"], counted.closed["refused"]) == (1, 1, 1, 0)
+
+
 def test_a_revoked_holder_in_the_middle_of_a_call(server: ExclusiveServer) -> None:
     """It is blocked in recv() on that connection: the call ends."""
     with proven(server, 1, leak_action="revoke", **FAST) as pool:

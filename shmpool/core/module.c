@@ -544,7 +544,8 @@ static bool run_hook(PyObject *hook, LeaseObject *lease)
 
 static inline void count_source(struct pool *pool, enum pool_source source);
 
-/* The lease begins: figures, hook. NULL: the hook refused; the connection is retired. */
+/* The lease begins: figures, hook. NULL with an exception: the hook refused; the connection is retired. NULL without: it took so long that the lease
+ * was taken away, and the hook met that; search on. */
 static PyObject *lease_begin(PoolObject *self, LeaseObject *lease, uint64_t now, enum pool_source source)
 {
     struct slot_shm *row = lease_row(lease);
@@ -552,6 +553,8 @@ static PyObject *lease_begin(PoolObject *self, LeaseObject *lease, uint64_t now,
     SHM_STORE(row, row->uses, SHM_LOAD(row, row->uses) + 1);
     if (SHM_UNLIKELY(self->on_borrow != NULL) && !run_hook(self->on_borrow, lease)) {
         if (lease_is_ours(lease)) {
+            if (slot_load(row) != lease->claim.word && PyErr_ExceptionMatches(lease_expired))
+                PyErr_Clear();
             lease->active = false;
             retire_leased(self, &lease->claim, SHM_T_closed_refused);
         }
@@ -1080,8 +1083,10 @@ static bool created_is_welcome(PoolObject *self, struct pool_claim *claim)
         answer = PyObject_CallOneArg(self->on_created, (PyObject *)shown);
         if (answer == Py_False)
             PyErr_SetString(PyExc_ConnectionError, "on_created refused the connection");
-        if (!forked_since(self, generation))
+        if (!forked_since(self, generation)) {
+            SHM_STORE(row, self->pool.slab.slots[claim->slot].leased_ns, clock_coarse()); /* from now on it may be out for as long as any */
             SHM_STORE(hint, *mark, 0);
+        }
         shown->active = false;
         lease_end(shown);
         Py_DECREF(shown);
@@ -1811,9 +1816,12 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
         return NULL;
     }
     PyObject *begun_lease = lease_begin(self, lease, now, SOURCE_CACHE);
-    if (SHM_UNLIKELY(!begun_lease))
-        count_failure(self);
-    return begun_lease;
+    if (SHM_LIKELY(begun_lease != NULL))
+        return begun_lease;
+    if (!PyErr_Occurred())
+        return get_slow(self, mask, timeout_ns, may_wait);
+    count_failure(self);
+    return NULL;
 }
 
 bool check_made(PoolObject *self)
