@@ -302,7 +302,7 @@ def test_a_revoked_lease(server: ExclusiveServer, caplog: Any) -> None:
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_lease_taken_away_before_its_caller_has_it(server: ExclusiveServer, warm: bool) -> None:
-    """A process that was stopped in the hook, say. Breaks when get() raises LeaseExpired, of a lease that nobody had."""
+    """A process that was stopped in the hook, say. Breaks when get() raises LeaseExpired."""
     armed = threading.Event()
     seen: list[int] = []
 
