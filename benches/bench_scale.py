@@ -273,7 +273,7 @@ def weights(peer: Peer) -> list[Line]:
     """Bytes of a slot and of a worker, as differences of slab sizes."""
 
     def size(slots: int, workers: int) -> int:
-        with subject.pool_of(peer.dial_unix, slots, max_workers=workers, max_waiters=64) as pool:
+        with subject.pool_of(peer.dial_unix, slots, resize_limit=slots, max_workers=workers, max_waiters=64) as pool:
             return int(pool._snapshot()["size"])
 
     slot = (size(1024, 64) - size(512, 64)) / 512
