@@ -1,4 +1,4 @@
-/* module.c: the extension shmpool._core. Only it and module_view.c know Python (module.h).
+/* module.c: the extension shmpool._core, of which only the files module*.c know Python (module.h).
  *
  *   PoolBase           one process's pool: get() and its variants in C from end to end; falls into Python (methods of its
  *                      subclass shmpool.Pool) for dialling, wrapping a descriptor, hooks and the making of errors
@@ -19,16 +19,14 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "connection.h"
-#include "pool.h"
 #include "recovery.h"
 #include "segment.h"
 #include "service.h"
 
-enum { SPARE_LEASES = 8, RECEIVE_TIMEOUT_NS = 200000000 };
+enum { SPARE_LEASES = 8 };
 #define ADOPTED_PATIENCE_NS UINT64_C(200000000) /* a dial of another process that takes longer may be one that is stopped */
 
 PyTypeObject *lease_type;
@@ -37,13 +35,12 @@ static PyTypeObject *pool_type, *view_type;
 static LeaseObject *spares; /* dead leases to be used again; the GIL guards them */
 static int spare_count;
 #endif
-static PyObject *socket_close; /* of _socket.socket */
-static PyObject *lease_expired, *pool_closed, *pool_exhausted, *dial_error; /* of shmpool.errors */
+static PyObject *pool_closed, *pool_exhausted, *dial_error; /* of shmpool.errors */
 
 /* ---- small helpers ---- */
 
 /* Seconds as a Python float (or int, None) to nanoseconds; false with an exception set. inf is NEVER. */
-static bool seconds_ns(PyObject *value, const char *what, uint64_t *ns)
+bool seconds_ns(PyObject *value, const char *what, uint64_t *ns)
 {
     double seconds = PyFloat_AsDouble(value);
     if (seconds == -1.0 && PyErr_Occurred()) {
@@ -72,19 +69,6 @@ PyObject *raise_error(PoolObject *self, const char *kind, uint32_t mask, uint64_
     return NULL;
 }
 
-static PyObject *expired(uint64_t id, const char *reason)
-{
-    PyObject *arguments = PyTuple_New(0);
-    PyObject *evidence = Py_BuildValue("{sKss}", "connection_id", (unsigned long long)id, "reason", reason);
-    PyObject *error = arguments && evidence ? PyObject_Call(lease_expired, arguments, evidence) : NULL;
-    if (error)
-        PyErr_SetObject(lease_expired, error);
-    Py_XDECREF(error);
-    Py_XDECREF(arguments);
-    Py_XDECREF(evidence);
-    return NULL;
-}
-
 /* The arguments of a call by place or by name: values[i] is that of names[i], None when it was not given. */
 static bool parse_call(const char *function, const char *const *known, int most, PyObject *const *args, Py_ssize_t count,
                        PyObject *names, PyObject **values)
@@ -106,339 +90,6 @@ static bool parse_call(const char *function, const char *const *known, int most,
     for (int i = 0; i < most; i++)
         values[i] = values[i] ? values[i] : Py_None;
     return true;
-}
-
-/* ---- entries: what this process has of a connection ---- */
-
-/* What a socket's mark says (PooledSocket in shmpool/pool.py). A TLS socket of the user's own has no mark: always CHANGED. */
-enum { MARK_CHANGED = 1, MARK_RUINED = 2 };
-const char always_dirty[1] = {MARK_CHANGED}, never_dirty[1] = {0};
-
-struct parts entry_take(struct entry *entry)
-{
-    struct parts parts = {entry->socket, entry->session, entry->note, entry->socket ? -1 : entry->fd};
-    entry->connection = 0;
-    entry->fd = -1;
-    entry->dirty = always_dirty;
-    entry->socket = entry->session = entry->note = NULL;
-    return parts;
-}
-
-/* Drop the session first (it may still say good-bye), then close our copy. Errors of either go to the unraisable hook. */
-void parts_drop_session(struct parts *parts) { Py_CLEAR(parts->session); }
-
-/* Does a makefile() of the socket exist, which shares its descriptor? Then Python's close() leaves it to that. Else it is closed without a
- * step of Python, in which a signal handler could raise or fork. */
-static bool socket_has_files(PyObject *socket)
-{
-    PyObject *count = PyObject_GetAttrString(socket, "_io_refs");
-    bool has = count && PyObject_IsTrue(count) > 0;
-    Py_XDECREF(count);
-    PyErr_Clear();
-    return has;
-}
-
-void parts_close(struct parts *parts)
-{
-    if (parts->fd >= 0)
-        close(parts->fd);
-    parts->fd = -1;
-    if (parts->socket) {
-        PyObject *type, *value, *traceback;
-        PyErr_Fetch(&type, &value, &traceback);
-        PyObject *result = socket_has_files(parts->socket) ? PyObject_CallMethod(parts->socket, "close", NULL)
-                                                           : PyObject_CallOneArg(socket_close, parts->socket);
-        if (!result)
-            PyErr_WriteUnraisable(parts->socket);
-        Py_XDECREF(result);
-        PyErr_Restore(type, value, traceback);
-    }
-    Py_CLEAR(parts->socket);
-    Py_CLEAR(parts->note);
-}
-
-/* What we have of a connection that has ended elsewhere. Our own holder of it, whose lease was revoked, may be in the middle of a call: its
- * socket object is closed when nobody has it any more (PooledSocket.__del__). */
-void parts_let_go(struct entry *entry)
-{
-    bool noted = entry->dirty != always_dirty;
-    struct parts old = entry_take(entry);
-    parts_drop_session(&old);
-    if (noted)
-        Py_CLEAR(old.socket);
-    parts_close(&old);
-}
-
-/* This process has not seen the slot's connection: drop what it has of an older one and fetch this one from the mailbox.
- * 1: done; 0: there is no letter that fits; -1: exception, the connection may be good. */
-int entry_fetch(PoolObject *self, uint32_t slot)
-{
-    struct pool *pool = &self->pool;
-    struct entry *entry = &pool->entries[slot];
-    struct slot_shm *row = &pool->slab.slots[slot];
-    parts_let_go(entry);
-    uint64_t connection = SHM_LOAD(row, row->connection);
-    struct letter letter;
-    int fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
-    if (fd == MAILBOX_NO_ROOM) {
-        errno = EMFILE;
-        PyErr_SetFromErrno(PyExc_OSError);
-        return -1;
-    }
-    pool_count(pool, fd < 0 ? SHM_W_bad_letters : SHM_W_mailbox_reads, 1);
-    if (fd < 0)
-        return 0;
-    PyObject *note = PyBytes_FromStringAndSize((const char *)letter.note, letter.head.note_size);
-    if (!note) {
-        close(fd);
-        return -1;
-    }
-    entry->dirty = never_dirty;
-    entry->note = note;
-    entry->fd = fd;
-    entry->connection = connection; /* last: a child forked in between sees nothing */
-    return 1;
-}
-
-/* This process's socket object of a leased connection, borrowed; NULL with an exception. */
-static PyObject *entry_socket(PoolObject *self, uint32_t slot)
-{
-    struct entry *entry = &self->pool.entries[slot];
-    if (SHM_LIKELY(entry->socket != NULL))
-        return entry->socket;
-    unsigned bucket = kind_bucket(SHM_LOAD(row, self->pool.slab.slots[slot].kind));
-    int fd = entry->fd;
-    uint64_t connection = entry->connection;
-    entry->fd = -1; /* _wrap's from now on; in its Python another thread may revoke this lease, or fork */
-    entry->connection = 0;
-    PyObject *pair = PyObject_CallMethod((PyObject *)self, "_wrap", "iI", fd, bucket);
-    bool is_ours = !entry->connection && !entry->socket && entry->fd < 0;
-    if (!pair) { /* it has closed the descriptor; the next lease fetches another */
-        if (is_ours) {
-            struct parts parts = entry_take(entry);
-            parts_drop_session(&parts);
-            parts_close(&parts);
-        }
-        return NULL;
-    }
-    PyObject *mark = PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2 ? PyTuple_GET_ITEM(pair, 1) : NULL;
-    if (!is_ours)
-        expired(connection, "it was taken away");
-    else if (mark && PyByteArray_Check(mark)) {
-        entry->socket = Py_NewRef(PyTuple_GET_ITEM(pair, 0));
-        entry->dirty = PyByteArray_AS_STRING(mark); /* the socket object keeps the bytearray */
-        entry->fd = fd;
-        entry->connection = connection;
-    } else
-        PyErr_SetString(PyExc_TypeError, "_wrap must return (socket, bytearray)");
-    Py_DECREF(pair);
-    return PyErr_Occurred() ? NULL : entry->socket;
-}
-
-/* ---- ends of connections ---- */
-
-static const char *const total_names[] = {
-#define TOTAL_NAME(name, text) #name,
-    SHM_TOTAL_COUNTERS(TOTAL_NAME)};
-
-/* [(connection, slot, bucket, peer, reason, age, uses), ...], oldest first, of notes that are freed; NULL with an exception */
-static PyObject *ended_list(struct ended *notes)
-{
-    PyObject *list = PyList_New(0);
-    for (struct ended *next; notes; notes = next) {
-        next = notes->next;
-        PyObject *row = list ? Py_BuildValue("KIIy#sdK", (unsigned long long)notes->connection, notes->slot, kind_bucket(notes->kind),
-                                             (const char *)notes->peer, (Py_ssize_t)sizeof notes->peer,
-                                             total_names[notes->reason] + sizeof "closed_" - 1, (double)notes->age_ns / 1e9,
-                                             (unsigned long long)notes->uses)
-                             : NULL;
-        if (list && (!row || PyList_Append(list, row)))
-            Py_CLEAR(list);
-        Py_XDECREF(row);
-        free(notes);
-    }
-    if (list && PyList_Reverse(list))
-        Py_CLEAR(list);
-    return list;
-}
-
-static int raise_now(void *error)
-{
-    PyErr_SetObject((PyObject *)Py_TYPE((PyObject *)error), error);
-    Py_DECREF((PyObject *)error);
-    return -1;
-}
-
-/* A signal handler has raised (nothing else does) where nobody can hear it: it is raised again at the next step of the main thread, in which
- * handlers run. */
-static void raise_soon(PyObject *where)
-{
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_NormalizeException(&type, &value, &traceback);
-    if (traceback)
-        PyException_SetTraceback(value, traceback);
-    if (gettid() != getpid() || Py_AddPendingCall(raise_now, Py_NewRef(value))) {
-        PyErr_Restore(type, value, traceback);
-        PyErr_WriteUnraisable(where);
-        return;
-    }
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(traceback);
-}
-
-/* Tell Python (the log, on_close) which connections this process has ended. Keeps a pending exception; raises none. */
-void tell_ended(PoolObject *self)
-{
-    struct ended *notes = pool_take_ended(&self->pool);
-    if (SHM_LIKELY(!notes))
-        return;
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    PyObject *list = ended_list(notes);
-    PyObject *result = list ? PyObject_CallMethod((PyObject *)self, "_ended", "O", list) : NULL;
-    if (!result)
-        raise_soon((PyObject *)self);
-    Py_XDECREF(result);
-    Py_XDECREF(list);
-    PyErr_Restore(type, value, traceback);
-}
-
-/* Did a fork happen since `generation` (in a signal handler, in dial)? Then nothing we held is ours. */
-bool forked_since(PoolObject *self, uint32_t generation)
-{
-    return !pool_joined(&self->pool) || self->pool.generation != generation;
-}
-
-/* Our descriptor of a connection, for ending it; -1 when there is none, or when it may have been closed behind our back. */
-int entry_fd(struct pool *pool, uint32_t slot)
-{
-    struct entry *entry = &pool->entries[slot];
-    bool current = entry->connection && entry->connection == SHM_LOAD(row, pool->slab.slots[slot].connection);
-    bool noted = entry->dirty != always_dirty; /* else nobody notes what becomes of the socket: the letter has the connection */
-    return current && noted && !(*entry->dirty & MARK_RUINED) ? entry->fd : -1;
-}
-
-void entry_drop_session(struct entry *entry)
-{
-    PyObject *session = entry->session;
-    entry->session = NULL;
-    Py_XDECREF(session);
-}
-
-/* Close what we have of the ended connection, then free its permit. */
-void empty_slot(PoolObject *self, struct pool_claim *claim, unsigned reason, uint32_t generation)
-{
-    struct parts parts = entry_take(&self->pool.entries[claim->slot]);
-    parts_close(&parts);
-    if (!forked_since(self, generation)) /* else the slot is the parent's */
-        pool_empty(&self->pool, claim, reason);
-}
-
-/* The claim is RETIRING by us: end it, waiting for the peer at most *linger_ns, from which the wait is taken off. The entry stays
- * as it is meanwhile: a child forked in between finds it there and closes its copy. Releases the GIL; keeps a pending exception. */
-void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reason, uint64_t *linger_ns)
-{
-    struct pool *pool = &self->pool;
-    PyObject *type, *value, *traceback;
-    uint32_t generation = pool->generation;
-    Py_BEGIN_CRITICAL_SECTION(self);
-    PyErr_Fetch(&type, &value, &traceback);
-    entry_drop_session(&pool->entries[claim->slot]);
-    if (!forked_since(self, generation)) { /* else the slot is the parent's, which goes on with it */
-        int fd = entry_fd(pool, claim->slot);
-        uint64_t begun = clock_now();
-        Py_BEGIN_ALLOW_THREADS
-        pool_end(pool, claim, &fd, 1, *linger_ns);
-        Py_END_ALLOW_THREADS
-        uint64_t waited = clock_now() - begun;
-        *linger_ns = waited < *linger_ns ? *linger_ns - waited : 0;
-        empty_slot(self, claim, reason, generation);
-        tell_ended(self);
-    }
-    if (!pool_is_open(pool))
-        finish(self);
-    PyErr_Restore(type, value, traceback);
-    Py_END_CRITICAL_SECTION();
-}
-
-/* LEASED by us -> ended. False: it was not ours any more. */
-bool retire_leased(PoolObject *self, struct pool_claim *claim, unsigned reason)
-{
-    uint64_t linger_ns = CONNECTION_LINGER_NS;
-    if (!pool_condemn(&self->pool, claim))
-        return false;
-    retire_condemned(self, claim, reason, &linger_ns);
-    return true;
-}
-
-static void drop_entries(PoolObject *self)
-{
-    struct pool *pool = &self->pool;
-    for (uint32_t slot = 0; pool->entries && slot < pool->slab.layout.max_slots; slot++) {
-        struct parts parts = entry_take(&pool->entries[slot]);
-        parts_drop_session(&parts);
-        parts_close(&parts);
-    }
-}
-
-/* After a fork: what was copied but is not for us. Sessions are the parent's: they are left alone for ever, because ending one
- * here could end its connection there. A socket object whose mode the parent's holder had changed would lie about the
- * description's mode; it is dropped, the next lease fetches the connection anew. */
-void forget_foreign(PoolObject *self)
-{
-    struct pool *pool = &self->pool;
-    if (pool_joined(pool) && self->generation == pool->generation)
-        return;
-    self->generation = pool->generation;
-    SHM_STORE(private, self->dial_threads, 0);
-    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
-        struct entry *entry = &pool->entries[slot];
-        entry->session = NULL;
-        if (!entry->connection || !*entry->dirty)
-            continue;
-        struct parts parts = entry_take(entry);
-        parts_close(&parts);
-    }
-}
-
-/* The parent was giving its part back when it forked this child: give our copies back. */
-void finish_for_parent(PoolObject *self)
-{
-    if (!self->made || !self->finished || self->pool.slab_fd < 0 || self->finisher == getpid())
-        return;
-    self->finisher = getpid();
-    forget_foreign(self);
-    drop_entries(self);
-    pool_release_descriptors(&self->pool);
-}
-
-/* The pool is closed: once this process holds nothing, give everything back but the mapping, after a last look for the dead, whose
- * connections would else stay open for as long as somebody has their letters. */
-void finish(PoolObject *self)
-{
-    struct pool *pool = &self->pool;
-    if (self->made && !self->finished && pool->door && pool_joined(pool)) {
-        Py_BEGIN_ALLOW_THREADS
-        rendezvous_close(pool->door); /* also when something is held here yet: there are no newcomers to answer any more */
-        Py_END_ALLOW_THREADS
-    }
-    if (!self->made || self->finished || (pool_joined(pool) && pool_holds_any(pool))) {
-        finish_for_parent(self);
-        return;
-    }
-    self->finished = true;
-    self->finisher = getpid();
-    forget_foreign(self);
-    Py_BEGIN_ALLOW_THREADS
-    if (pool_joined(pool))
-        recovery_run(pool, true);
-    pool_leave(pool);
-    Py_END_ALLOW_THREADS
-    drop_entries(self);
-    tell_ended(self);
-    pool_release_descriptors(pool);
 }
 
 /* ---- leases ---- */
@@ -519,10 +170,10 @@ static inline bool lease_is_ours(LeaseObject *lease)
 static PyObject *lease_refuse(LeaseObject *lease)
 {
     if (!lease->active)
-        return expired(lease->id, "the lease is over (released, discarded or retired)");
+        return raise_expired(lease->id, "the lease is over (released, discarded or retired)");
     if (lease->shown && lease_is_ours(lease))
-        return expired(lease->id, "it is shown to on_created or a health check, which says by its return what becomes of it");
-    return expired(lease->id, lease_is_ours(lease) ? "it was taken away"
+        return raise_expired(lease->id, "it is shown to on_created or a health check, which says by its return what becomes of it");
+    return raise_expired(lease->id, lease_is_ours(lease) ? "it was taken away"
                                                    : "it belongs to another process (a fork), or this one has left the pool");
 }
 
@@ -653,7 +304,7 @@ static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
         retire_leased(self, &lease->claim, pool_retire_reason(&self->pool, lease->claim.slot));
     lease_end(lease);
     if (SHM_UNLIKELY(released == RELEASE_STALE))
-        return expired(lease->id, "it was taken away");
+        return raise_expired(lease->id, "it was taken away");
     Py_RETURN_NONE;
 }
 
@@ -668,7 +319,7 @@ static PyObject *lease_discard(LeaseObject *lease, PyObject *const *args, Py_ssi
     if (!lease_is_ours(lease) || lease->shown)
         return lease_refuse(lease);
     if (!lease_discard_as(lease, SHM_T_closed_error))
-        return expired(lease->id, "it was taken away");
+        return raise_expired(lease->id, "it was taken away");
     Py_RETURN_NONE;
 }
 
@@ -1935,262 +1586,6 @@ GET_KIND(get_ipv6, IPV6_MASK, NULL, 6)
 
 /* ---- the other methods of PoolBase ---- */
 
-static uint64_t limited_ns(double seconds) { return seconds > 9e9 ? NEVER : (uint64_t)(seconds * 1e9); }
-
-static void take_hook(PyObject **to, PyObject *hook) { Py_XSETREF(*to, hook == Py_None ? NULL : Py_NewRef(hook)); }
-
-/* What this process wants of the pool, the same for a pool that it makes and one that it joins: (local_cache_size, alive_bypass,
- * idle_timeout, clear_udp_buffer, udp_clear_timeout, udp_clear_max_packets, stats, min_connections, idle_limit), (first and longest
- * backoff, connection_timeout, dial_retries, wait when down), get_timeout, mask, on_borrow, on_return, on_created, is there an acceptor. */
-static bool take_settings(PoolObject *self, PyObject *settings, struct pool_options *options)
-{
-    unsigned cache, udp_packets, mask, minimum, idle_limit, retries;
-    int clear_udp, stats, wait_when_down, by_hand;
-    double bypass, idle, udp_timeout, first, last, dial_limit;
-    uint64_t timeout_ns;
-    PyObject *timeout, *on_borrow, *on_return, *on_created;
-    if (!PyArg_ParseTuple(settings, "(IddpdIpII)(dddIp)OIOOOp:settings", &cache, &bypass, &idle, &clear_udp, &udp_timeout, &udp_packets,
-                          &stats, &minimum, &idle_limit, &first, &last, &dial_limit, &retries, &wait_when_down, &timeout, &mask,
-                          &on_borrow, &on_return, &on_created, &by_hand) ||
-        !seconds_ns(timeout, "get_timeout", &timeout_ns))
-        return false;
-    if (self->made || cache > LOCAL_CACHE_MAX || !mask || mask > WAITER_ANY_BUCKET)
-        return PyErr_Format(PyExc_ValueError, "a pool is made once, and its settings are in range") != NULL;
-    struct upstream_backoff backoff = {limited_ns(first), limited_ns(last), limited_ns(dial_limit + 1)};
-    *options = (struct pool_options){cache, limited_ns(bypass), limited_ns(idle), (uint64_t)(udp_timeout * 1e9), udp_packets,
-                                     clear_udp != 0, stats != 0, minimum, idle_limit, backoff};
-    self->mask = mask;
-    self->default_timeout_ns = timeout_ns;
-    self->dial_retries = retries;
-    self->wait_when_down = wait_when_down != 0;
-    self->accepts_by_hand = by_hand != 0;
-    take_hook(&self->on_borrow, on_borrow);
-    take_hook(&self->on_return, on_return);
-    take_hook(&self->on_created, on_created);
-    return true;
-}
-
-static void begin_use(PoolObject *self)
-{
-    self->made = true;
-    self->pool.notes_ended = true;
-    for (uint32_t slot = 0; slot < self->pool.slab.layout.max_slots; slot++)
-        entry_take(&self->pool.entries[slot]);
-    self->generation = self->pool.generation;
-}
-
-/* _create(fd, listener, (cap, slots, workers, waiters), (id, created, uid, name, target, config, rendezvous), settings): the descriptors are
- * ours, also if this raises: whoever looks at a signal in between cannot close them twice. */
-static PyObject *pool_create_(PoolObject *self, PyObject *args)
-{
-    unsigned cap, slots, workers, waiters, uid;
-    int fd = -1, listener = -1;
-    const char *id, *name, *target, *config, *rendezvous;
-    Py_ssize_t id_size;
-    double created;
-    PyObject *settings;
-    struct slab_layout layout;
-    struct pool_options options;
-    bool good = PyArg_ParseTuple(args, "ii(IIII)(y#dIssss)O!", &fd, &listener, &cap, &slots, &workers, &waiters, &id, &id_size, &created,
-                                 &uid, &name, &target, &config, &rendezvous, &PyTuple_Type, &settings);
-    if (good && (id_size != 16 || !slab_layout(&layout, slots, workers, waiters) || !cap || cap > slots))
-        good = PyErr_Format(PyExc_ValueError, "_create: a capacity is out of range") != NULL;
-    if (!good || !take_settings(self, settings, &options)) {
-        if (fd >= 0)
-            close(fd);
-        if (listener >= 0)
-            close(listener);
-        return NULL;
-    }
-    struct slab_identity who = {(const uint8_t *)id, (uint64_t)(created * 1e9), uid, (uint32_t)getpid(), name, target, config,
-                                rendezvous, cap};
-    forks_hold();
-    bool made = pool_create(&self->pool, fd, listener, &layout, &who, &options) == POOL_OK;
-    if (made)
-        begin_use(self);
-    else
-        pool_free(&self->pool);
-    forks_release();
-    return made ? Py_NewRef(Py_None) : PyErr_SetFromErrno(PyExc_OSError);
-}
-
-/* _serve(listener): accept clients from that listening socket, which is ours from now on; before the pool is published. If this raises, it is not. */
-static PyObject *pool_serve(PoolObject *self, PyObject *args)
-{
-    int listener;
-    if (!check_made(self) || !PyArg_ParseTuple(args, "i", &listener))
-        return NULL;
-    forks_hold();
-    int error = service_create(&self->pool, listener);
-    forks_release();
-    errno = error;
-    return error ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
-}
-
-/* _listener() -> int: this process's descriptor of the socket from which clients are accepted, -1: there is none. */
-static PyObject *pool_listener(PoolObject *self, PyObject *unused)
-{
-    (void)unused;
-    struct service *service = self->made ? self->pool.service : NULL;
-    return PyLong_FromLong(service ? atomic_load(&service->listener) : -1);
-}
-
-/* Join with a set that is ours, which takes it over. Forks of other threads wait from the moment in which the set began to be ours: a child
- * would have the descriptors and no handle of them, and keep the pool's name from others for as long as it lives. Runs without the GIL. */
-static enum pool_verdict join_with(PoolObject *self, struct descriptors *set, const char *id, const struct pool_options *options,
-                                   enum slab_verdict *why)
-{
-    if (memcmp(set->slab_id, id, sizeof set->slab_id)) {
-        descriptors_close(set);
-        return POOL_LOST_DESCRIPTORS;
-    }
-    enum pool_verdict verdict = pool_attach(&self->pool, set, options, why);
-    if (verdict == POOL_OK)
-        begin_use(self);
-    else
-        pool_free(&self->pool);
-    return verdict;
-}
-
-/* None, or what is wrong with the set: ValueError(why, is a matter of versions): the slab is none; LookupError: it is of another pool, or of
- * none; IndexError: there is no place for a worker; OSError (errno): it did not come whole. */
-static PyObject *joined_or_raise(enum pool_verdict verdict, enum slab_verdict why)
-{
-    switch (verdict) {
-    case POOL_OK:
-        Py_RETURN_NONE;
-    case POOL_BAD_SLAB:
-        return raise_bad_slab(why);
-    case POOL_LOST_DESCRIPTORS:
-        return PyErr_Format(PyExc_LookupError, "the descriptors are not those of the pool");
-    case POOL_NO_WORKER:
-        return PyErr_Format(PyExc_IndexError, "every place for a worker is taken");
-    default:
-        return PyErr_SetFromErrno(PyExc_OSError);
-    }
-}
-
-/* _attach(socket, timeout, id, settings): join the pool whose descriptors arrive over the socket; see joined_or_raise(). */
-static PyObject *pool_attach_(PoolObject *self, PyObject *args)
-{
-    int from;
-    double timeout;
-    const char *id;
-    Py_ssize_t id_size;
-    PyObject *settings;
-    struct pool_options options;
-    struct descriptors set;
-    enum slab_verdict why = SLAB_OK;
-    enum pool_verdict verdict = POOL_ERRNO;
-    if (!PyArg_ParseTuple(args, "idy#O!", &from, &timeout, &id, &id_size, &PyTuple_Type, &settings) ||
-        !take_settings(self, settings, &options))
-        return NULL;
-    if (id_size != sizeof set.slab_id)
-        return PyErr_Format(PyExc_ValueError, "_attach: an id has 16 bytes");
-    Py_BEGIN_ALLOW_THREADS
-    int error = descriptors_await(from, (uint64_t)(timeout * 1e9));
-    if (!error) {
-        forks_hold(); /* who has begun to send goes on, or is gone */
-        if (!(error = descriptors_receive(from, &set, RECEIVE_TIMEOUT_NS)))
-            verdict = join_with(self, &set, id, &options, &why);
-        forks_release();
-    }
-    if (error)
-        errno = error;
-    Py_END_ALLOW_THREADS
-    return joined_or_raise(verdict, why);
-}
-
-/* The system calls by number: the headers of many build machines are older than they. */
-#ifndef SYS_pidfd_open
-#define SYS_pidfd_open 434
-#endif
-#ifndef SYS_pidfd_getfd
-#define SYS_pidfd_getfd 438
-#endif
-
-/* Duplicates of another process's descriptors `theirs`: [mailboxes], then the listener if `listens`. 0 or errno. */
-static int copy_set(pid_t pid, const int *theirs, bool listens, struct descriptors *set, uint32_t count)
-{
-    int error = 0, process = (int)syscall(SYS_pidfd_open, pid, 0);
-    if (process < 0)
-        return errno;
-    for (uint32_t i = 0; !error && i < count + listens; i++) {
-        int ours = (int)syscall(SYS_pidfd_getfd, process, theirs[i], 0); /* close-on-exec */
-        if (ours < 0)
-            error = errno;
-        else if (i < count)
-            set->mailboxes[set->count++] = ours;
-        else
-            set->listener = ours;
-    }
-    close(process);
-    return error;
-}
-
-/* _attach_copies(pid, slab, id, [descriptors of that process: mailboxes, listener], has a listener, settings): join with duplicates of what
- * another process has, where the kernel lets us (pidfd_getfd(2)), and of our own descriptor of the segment. */
-static PyObject *pool_attach_copies(PoolObject *self, PyObject *args)
-{
-    int pid, slab, listens;
-    const char *id;
-    Py_ssize_t id_size;
-    PyObject *list, *settings;
-    struct pool_options options;
-    struct descriptors set = {.slab = -1, .listener = -1};
-    enum slab_verdict why = SLAB_OK;
-    enum pool_verdict verdict = POOL_ERRNO;
-    if (!PyArg_ParseTuple(args, "iiy#O!pO!", &pid, &slab, &id, &id_size, &PyList_Type, &list, &listens, &PyTuple_Type, &settings) ||
-        !take_settings(self, settings, &options))
-        return NULL;
-    Py_ssize_t all = PyList_GET_SIZE(list);
-    if (id_size != sizeof set.slab_id || all <= listens || all > (Py_ssize_t)SHM_MAX_SLOTS + 1)
-        return PyErr_Format(PyExc_ValueError, "_attach_copies: an id has 16 bytes, and a pool a mailbox");
-    int *theirs = PyMem_Calloc((size_t)all, sizeof *theirs);
-    set.mailboxes = malloc((size_t)all * sizeof *set.mailboxes); /* descriptors_close() frees it */
-    for (Py_ssize_t i = 0; theirs && i < all && !PyErr_Occurred(); i++)
-        theirs[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
-    if (!theirs || !set.mailboxes || PyErr_Occurred()) {
-        PyMem_Free(theirs);
-        free(set.mailboxes);
-        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
-    }
-    memcpy(set.slab_id, id, sizeof set.slab_id);
-    Py_BEGIN_ALLOW_THREADS
-    forks_hold();
-    set.slab = fcntl(slab, F_DUPFD_CLOEXEC, 3);
-    int error = set.slab < 0 ? errno : copy_set(pid, theirs, listens, &set, (uint32_t)(all - listens));
-    if (!error)
-        verdict = join_with(self, &set, id, &options, &why);
-    else
-        descriptors_close(&set);
-    forks_release();
-    if (error)
-        errno = error;
-    Py_END_ALLOW_THREADS
-    PyMem_Free(theirs);
-    return joined_or_raise(verdict, why);
-}
-
-/* _answer(listener): answer newcomers who come to that listening socket, from now on; it is ours, also if this raises. -1: to the one that
- * we have. */
-static PyObject *pool_answer_(PoolObject *self, PyObject *args)
-{
-    int listener;
-    if (!PyArg_ParseTuple(args, "i", &listener))
-        return NULL;
-    bool open = self->made && !self->finished && pool_is_open(&self->pool);
-    if (open && ensure_joined(self)) { /* also begins to answer again after a fork */
-        errno = listener < 0 ? 0 : pool_listen(&self->pool, listener);
-        if (!errno)
-            Py_RETURN_NONE;
-        PyErr_SetFromErrno(PyExc_OSError);
-    }
-    if (listener >= 0)
-        close(listener);
-    return open ? NULL : raise_error(self, "closed", 0, 0, 0);
-}
-
 /* _mail(slot, id, fd) -> bool: put the descriptor of a connection that is being dialled into the slot's mailbox, in place of an
  * earlier one, so that recovery can end it if this process dies before the dial is done. */
 static PyObject *pool_mail(PoolObject *self, PyObject *args)
@@ -2209,75 +1604,6 @@ static PyObject *pool_mail(PoolObject *self, PyObject *args)
         Py_RETURN_FALSE;
     mailbox_drain(pool->mailboxes[slot]);
     return PyBool_FromLong(mailbox_deposit(pool->mailboxes[slot], pool->slab.header->id, slot, id, fd, NULL, 0) == 0);
-}
-
-/* _finish() -> bool: give this process's part back if it holds no lease; whether it is done. */
-static PyObject *pool_finish_alone(PoolObject *self)
-{
-    if (!check_made(self))
-        return NULL;
-    finish(self);
-    return PyBool_FromLong(self->finished);
-}
-
-/* _leave() -> None: this process takes no further part; the pool lives on for the others. */
-static PyObject *pool_leave__alone(PoolObject *self)
-{
-    finish_for_parent(self);
-    if (self->made && !self->finished) {
-        self->finished = true;
-        self->finisher = getpid();
-        forget_foreign(self);
-        Py_BEGIN_ALLOW_THREADS
-        pool_leave(&self->pool);
-        Py_END_ALLOW_THREADS
-        drop_entries(self);
-        tell_ended(self);
-        pool_release_descriptors(&self->pool);
-    }
-    Py_RETURN_NONE;
-}
-
-/* _unmake() -> None: leave, and be as if never made: another process was first to publish. */
-static PyObject *pool_unmake_alone(PoolObject *self)
-{
-    Py_XDECREF(pool_leave__alone(self));
-    if (self->made)
-        pool_free(&self->pool);
-    self->made = self->finished = false;
-    Py_RETURN_NONE;
-}
-
-ALONE(pool_finish)
-ALONE(pool_leave_)
-ALONE(pool_unmake)
-
-/* _note_path(path) -> None: where the segment is, for a process that ends without leaving. */
-static PyObject *pool_note_path(PoolObject *self, PyObject *args)
-{
-    const char *path;
-    if (!check_made(self) || !PyArg_ParseTuple(args, "s", &path))
-        return NULL;
-    if (!self->finished)
-        segment_note(self->pool.seat, self->pool.slab_fd, path);
-    Py_RETURN_NONE;
-}
-
-/* _identity() -> (id of the slab, path of the socket for newcomers); (b"", "") before there is one. */
-static PyObject *pool_identity(PoolObject *self, PyObject *unused)
-{
-    (void)unused;
-    if (!self->made)
-        return Py_BuildValue("y#s", "", (Py_ssize_t)0, "");
-    struct header_shm *header = self->pool.slab.header;
-    return Py_BuildValue("y#s", header->id, (Py_ssize_t)sizeof header->id, header->rendezvous);
-}
-
-/* _left() -> bool: this process has left the pool, which is open for others. */
-static PyObject *pool_left(PoolObject *self, PyObject *unused)
-{
-    (void)unused;
-    return PyBool_FromLong(self->made && self->finished && pool_is_open(&self->pool));
 }
 
 static PyObject *pool_is_open_(PoolObject *self, PyObject *unused)
@@ -2365,7 +1691,7 @@ static void pool_dealloc(PoolObject *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     if (self->made) {
-        Py_XDECREF(pool_leave_(self, NULL));
+        Py_XDECREF(join_leave(self, NULL));
         pool_free(&self->pool);
     }
     pool_clear(self);
@@ -2373,7 +1699,7 @@ static void pool_dealloc(PoolObject *self)
     Py_DECREF(type);
 }
 
-#define CARE_ENTRY(name, function, flags) {name, FASTCALL(function), flags, NULL},
+#define METHOD_ENTRY(name, function, flags) {name, FASTCALL(function), flags, NULL},
 static PyMethodDef pool_methods[] = {
     {"get", FASTCALL(pool_get), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get($self, timeout=None, protocol=None, ip_version=None)\n--\n\n"
                "Lease a connection, waiting up to timeout seconds (None: the pool's get_timeout; 0: for nobody's return).\n\n"
@@ -2390,23 +1716,12 @@ static PyMethodDef pool_methods[] = {
     {"get_udp", FASTCALL(pool_get_udp), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_udp($self, timeout=None)\n--\n\nget(timeout, protocol='udp').")},
     {"get_ipv4", FASTCALL(pool_get_ipv4), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_ipv4($self, timeout=None)\n--\n\nget(timeout, ip_version=4).")},
     {"get_ipv6", FASTCALL(pool_get_ipv6), METH_FASTCALL | METH_KEYWORDS, PyDoc_STR("get_ipv6($self, timeout=None)\n--\n\nget(timeout, ip_version=6).")},
-    {"_create", FASTCALL(pool_create_), METH_VARARGS, NULL},
-    {"_attach", FASTCALL(pool_attach_), METH_VARARGS, NULL},
-    {"_attach_copies", FASTCALL(pool_attach_copies), METH_VARARGS, NULL},
-    {"_answer", FASTCALL(pool_answer_), METH_VARARGS, NULL},
-    {"_serve", FASTCALL(pool_serve), METH_VARARGS, NULL},
-    {"_listener", FASTCALL(pool_listener), METH_NOARGS, NULL},
-    {"_note_path", FASTCALL(pool_note_path), METH_VARARGS, NULL},
-    {"_identity", FASTCALL(pool_identity), METH_NOARGS, NULL},
     {"_mail", FASTCALL(pool_mail), METH_VARARGS, NULL},
-    {"_finish", FASTCALL(pool_finish), METH_NOARGS, NULL},
-    {"_leave", FASTCALL(pool_leave_), METH_NOARGS, NULL},
-    {"_unmake", FASTCALL(pool_unmake), METH_NOARGS, NULL},
-    {"_left", FASTCALL(pool_left), METH_NOARGS, NULL},
     {"_is_open", FASTCALL(pool_is_open_), METH_NOARGS, NULL},
     {"_snapshot", FASTCALL(pool_snapshot), METH_NOARGS, NULL},
     {"_open", FASTCALL(pool_open_), METH_VARARGS, NULL},
-    CARE_METHODS(CARE_ENTRY)
+    JOIN_METHODS(METHOD_ENTRY)
+    CARE_METHODS(METHOD_ENTRY)
     {NULL},
 };
 

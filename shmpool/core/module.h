@@ -1,5 +1,6 @@
-/* module.h: what the files that know Python share: module.c (pools, leases), module_care.c (what is done to a pool besides leasing),
- * module_view.c (looking at it). The rest of the core includes neither this nor Python.h. */
+/* module.h: what the files that know Python share: module.c (leases, get), module_entry.c (what a process has of a connection, and its end), module_join.c
+ * (making, joining and leaving a pool), module_care.c (what is done to it besides leasing), module_view.c (looking at it). The rest of the core includes
+ * neither this nor Python.h. */
 #ifndef SHMPOOL_MODULE_H
 #define SHMPOOL_MODULE_H
 
@@ -80,27 +81,41 @@ struct parts {
     int fd;
 };
 
-
-extern const char always_dirty[1];
-
 /* Raise what self._error(kind, ...) makes. */
 PyObject *raise_error(PoolObject *self, const char *kind, uint32_t mask, uint64_t waited_ns, uint64_t timeout_ns);
 /* False, with an exception, when there is no pool behind the object. */
 bool check_made(PoolObject *self);
 /* Register this process if a fork (or the first call) makes it necessary; false with an exception. */
 bool ensure_joined(PoolObject *self);
+/* Seconds as a Python float (or int) to nanoseconds; false with an exception. inf is NEVER. */
+bool seconds_ns(PyObject *value, const char *what, uint64_t *ns);
+
+/* Keep what a revoked lease's holder may have in use until the lease object ends. */
+void revoked_keep(PoolObject *self, const struct pool_claim *claim, PyObject *socket, PyObject *session);
+LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, uint32_t weight, uint64_t begun_ns);
+/* The lease is over. This may end the pool object: nothing of it is touched afterwards. */
+void lease_end(LeaseObject *lease);
+extern PyTypeObject *lease_type;
+
+/* ---- module_entry.c ---- */
+
+extern PyObject *lease_expired; /* of shmpool.errors */
+extern PyObject *socket_close;  /* of _socket.socket */
+extern const char always_dirty[1];
+
+/* Raise LeaseExpired; NULL. */
+PyObject *raise_expired(uint64_t connection, const char *reason);
 /* Did a fork happen since `generation` (in a signal handler, in dial)? Then nothing we held is ours. */
 bool forked_since(PoolObject *self, uint32_t generation);
-
 struct parts entry_take(struct entry *entry);
 void parts_drop_session(struct parts *parts);
 void parts_close(struct parts *parts);
 void parts_let_go(struct entry *entry);
-/* Keep what a revoked lease's holder may have in use until the lease object ends. */
-void revoked_keep(PoolObject *self, const struct pool_claim *claim, PyObject *socket, PyObject *session);
 /* Our descriptor of a connection, for ending it; -1 when there is none, or when it may have been closed behind our back. */
 int entry_fd(struct pool *pool, uint32_t slot);
 void entry_drop_session(struct entry *entry);
+/* This process's socket object of a leased connection, borrowed; NULL with an exception. */
+PyObject *entry_socket(PoolObject *self, uint32_t slot);
 /* This process has not seen the slot's connection: drop what it has of an older one and fetch this one from the mailbox.
  * 1: done; 0: there is no letter that fits; -1: exception, the connection may be good. */
 int entry_fetch(PoolObject *self, uint32_t slot);
@@ -113,15 +128,14 @@ void retire_condemned(PoolObject *self, struct pool_claim *claim, unsigned reaso
 bool retire_leased(PoolObject *self, struct pool_claim *claim, unsigned reason);
 /* Tell Python (the log, on_close) which connections this process has ended. Keeps a pending exception; raises none. */
 void tell_ended(PoolObject *self);
+/* After a fork: drop what was copied but is not for us. */
 void forget_foreign(PoolObject *self);
+/* The parent was giving its part back when it forked this child: give our copies back. */
 void finish_for_parent(PoolObject *self);
 /* The pool is closed: once this process holds nothing, give everything back. */
 void finish(PoolObject *self);
-
-LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, uint32_t weight, uint64_t begun_ns);
-/* The lease is over. This may end the pool object: nothing of it is touched afterwards. */
-void lease_end(LeaseObject *lease);
-extern PyTypeObject *lease_type;
+/* Close all that this process has of connections. */
+void drop_entries(PoolObject *self);
 
 /* ---- module_care.c ---- */
 
@@ -156,7 +170,24 @@ extern PyTypeObject *lease_type;
     X("_evict", care_evict, METH_VARARGS)                                                                              \
     X("_dial_threads", care_dial_threads, METH_NOARGS)
 
-#define CARE_DECLARATION(name, function, flags) PyObject *function(PoolObject *self, PyObject *args);
-CARE_METHODS(CARE_DECLARATION)
+/* ---- module_join.c ---- */
+
+#define JOIN_METHODS(X)                                                                                                \
+    X("_create", join_create, METH_VARARGS)                                                                            \
+    X("_attach", join_attach, METH_VARARGS)                                                                            \
+    X("_attach_copies", join_attach_copies, METH_VARARGS)                                                              \
+    X("_answer", join_answer, METH_VARARGS)                                                                            \
+    X("_serve", join_serve, METH_VARARGS)                                                                              \
+    X("_listener", join_listener, METH_NOARGS)                                                                         \
+    X("_note_path", join_note_path, METH_VARARGS)                                                                      \
+    X("_identity", join_identity, METH_NOARGS)                                                                         \
+    X("_finish", join_finish, METH_NOARGS)                                                                             \
+    X("_leave", join_leave, METH_NOARGS)                                                                               \
+    X("_unmake", join_unmake, METH_NOARGS)                                                                             \
+    X("_left", join_left, METH_NOARGS)
+
+#define METHOD_DECLARATION(name, function, flags) PyObject *function(PoolObject *self, PyObject *args);
+CARE_METHODS(METHOD_DECLARATION)
+JOIN_METHODS(METHOD_DECLARATION)
 
 #endif
