@@ -179,6 +179,8 @@ class Pool(_core.PoolBase):
         client from the listening socket in place of accept(): it gets that socket and returns a socket, or (socket,
         metadata); a connection that only one process can use, such as one with TLS, serves a single lease.
 
+        A listener for both IP versions (`tcp://[::]`) gives whoever speaks: `ip_version` does not choose among them.
+
         Raises InvalidConfig, OSError (the address is in use, or not this host's), and what Pool() raises.
         """
         return cls(address, listening=True, **settings)

@@ -125,7 +125,8 @@ def manage(pool: Pool) -> None:
     assert_type(pool.recover(), int)
     assert_type(pool.max_connections, int)
     state: str = pool.state
-    print(state)
+    address: tuple[str, int] | str = pool.address
+    print(state, address)
     pool.close(timeout=1.0)
     with Pool("tcp://127.0.0.1:6379") as other:
         other.close()
