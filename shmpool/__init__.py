@@ -33,6 +33,7 @@ from .errors import (
     SlabCorrupt,
     SlabVersionMismatch,
 )
+from .events import Event, EventBatch
 from .hooks import ClosedConnection, LeakReport
 from .inspector import inspect, list_pools
 from .pool import Pool, attach, pools
@@ -45,6 +46,8 @@ __all__ = [
     "DescriptorsLost",
     "DialError",
     "DialRequest",
+    "Event",
+    "EventBatch",
     "ForeignUser",
     "IPVersion",
     "InvalidConfig",

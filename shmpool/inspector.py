@@ -28,6 +28,7 @@ import posix_ipc
 from . import _core, slab
 from .config import name_problem
 from .errors import PoolError, PoolInUse, PoolNotFound, SlabCorrupt
+from .events import EventBatch, read_events
 from .stats import PoolStats
 
 __all__ = ["Inspector", "PoolInfo", "inspect", "list_pools", "unlink"]
@@ -69,6 +70,19 @@ class Inspector:
     def stats(self) -> PoolStats:
         """The figures of this moment."""
         return PoolStats.from_snapshot(self.snapshot())
+
+    def events(self, after: int = 0, *, patient: bool = False) -> EventBatch:
+        """What happened from event number `after` on, as far as it is kept (the last 1024 events).
+
+        To follow, ask with `patient=True`, so that an event that is being written this moment is not counted as lost
+        but comes with the next batch.
+        """
+        try:
+            return read_events(self._view.events, after, patient)
+        except ValueError as error:
+            if self._closed or after < 0:
+                raise
+            raise SlabCorrupt(name=self.name, detail=str(error)) from error
 
     @property
     def alive(self) -> bool:

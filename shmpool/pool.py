@@ -54,6 +54,7 @@ from .errors import (
     SlabCorrupt,
     SlabVersionMismatch,
 )
+from .events import EventBatch, read_events
 from .hooks import ClosedConnection, call_on_close
 from .maintenance import Maintenance, maintain_now
 from .sockets import (
@@ -402,6 +403,13 @@ class Pool(_core.PoolBase):
     def stats(self) -> PoolStats:
         """One snapshot over all processes. Takes no lock and writes nothing."""
         return PoolStats.from_snapshot(self._snapshot())
+
+    def events(self, after: int = 0, *, patient: bool = False) -> EventBatch:
+        """What happened to the pool in any process, from event number `after` on, as far as it is kept (1024 events).
+
+        `patient=True`, to follow: the batch ends before an event that is being written this moment.
+        """
+        return read_events(self._events, after, patient)
 
     def recover(self) -> int:
         """Look for dead processes now and take back what they held; returns how many connections were freed.

@@ -979,4 +979,26 @@ MUTANTS = [
         "if (errno == EEXIST && epoll_ctl(epoll, EPOLL_CTL_ADD",
         "test_service",
     ),
+    # events
+    Mutant(
+        "an event is believed without its sum",
+        "events.c",
+        "    if (sum != SHM_LOAD(event_word, cell->sum))",
+        "    if (!sum)",
+        "test_events",
+    ),
+    Mutant(
+        "who was stopped for a round writes over a later event",
+        "events.c",
+        "        if (turn >= begun)",
+        "        if (turn == begun)",
+        "test_events",
+    ),
+    Mutant(
+        "an event of a kind that does not exist is read",
+        "events.c",
+        "return event->kind < EVENT_KINDS ? EVENT_WHOLE : EVENT_LOST;",
+        "return EVENT_WHOLE;",
+        "test_events",
+    ),
 ]

@@ -158,7 +158,7 @@ def test_stem_under_address_sanitizer(builder: Builder, stem: str) -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("stem", ["descriptors", "pool", "rendezvous", "service", "steering", "upstream"])
+@pytest.mark.parametrize("stem", ["descriptors", "events", "pool", "rendezvous", "service", "steering", "upstream"])
 def test_stem_under_thread_sanitizer(builder: Builder, stem: str) -> None:
     check(builder.program(f"test_{stem}", THREAD))
 

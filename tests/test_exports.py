@@ -16,6 +16,8 @@ from shmpool import _core, errors
 PUBLIC = {
     "ClosedConnection",
     "DialRequest",
+    "Event",
+    "EventBatch",
     "IPVersion",
     "LeakReport",
     "Pool",

@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "connection.h"
+#include "events.h"
 #include "recovery.h"
 #include "segment.h"
 #include "service.h"
@@ -308,9 +309,22 @@ static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+/* The beginning of a text, as an event can hold it; false: it is empty, or no UTF-8. */
+static bool note_text(PyObject *from, char *text)
+{
+    Py_ssize_t size = 0;
+    const char *utf8 = PyUnicode_AsUTF8AndSize(from, &size);
+    PyErr_Clear();
+    if (size >= SHM_EVENT_TEXT)
+        size = SHM_EVENT_TEXT - 1;
+    if (size)
+        memcpy(text, utf8, (size_t)size);
+    return size > 0;
+}
+
 static PyObject *lease_discard(LeaseObject *lease, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    static const char *const known[] = {"reason"}; /* for the reader of the code */
+    static const char *const known[] = {"reason"};
     PyObject *reason;
     if (!parse_call("discard", known, 1, args, count, names, &reason))
         return NULL;
@@ -318,6 +332,9 @@ static PyObject *lease_discard(LeaseObject *lease, PyObject *const *args, Py_ssi
         return PyErr_Format(PyExc_TypeError, "discard() wants a text for its reason, not %R", reason);
     if (!lease_is_ours(lease) || lease->shown)
         return lease_refuse(lease);
+    struct event event = {.kind = EVENT_discarded, .slot = lease->claim.slot, .connection = lease->id};
+    if (reason != Py_None && note_text(reason, event.text))
+        event_note(&lease->owner->pool.slab, event);
     if (!lease_discard_as(lease, SHM_T_closed_error))
         return raise_expired(lease->id, "it was taken away");
     Py_RETURN_NONE;
@@ -483,7 +500,8 @@ static PyMethodDef lease_methods[] = {
                "Raises LeaseExpired when the lease is over already, or belongs to another process.")},
     {"discard", FASTCALL(lease_discard), METH_FASTCALL | METH_KEYWORDS,
      PyDoc_STR("discard($self, reason='')\n--\n\nRetire the connection instead of giving it back.\n\n"
-               "It is shut down for all processes, and its permit is free. The reason is for the reader of the code.\n"
+               "It is shut down for all processes, and its permit is free. The reason, up to 63 bytes of it, is among the pool's\n"
+               "events (shmpool events).\n"
                "Raises LeaseExpired as release() does.")},
     {"__reduce__", FASTCALL(lease_reduce), METH_NOARGS, NULL},
     {"__enter__", FASTCALL(lease_enter), METH_NOARGS, NULL},
@@ -684,7 +702,7 @@ static PyObject *lease_existing(PoolObject *self, struct pool_claim *claim, stru
 }
 
 /* Fill entry and row from what _dial returned; false with an exception. */
-static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyObject *dialled)
+static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyObject *dialled, uint64_t took_ns)
 {
     struct pool *pool = &self->pool;
     PyObject *socket, *mark, *note;
@@ -696,7 +714,7 @@ static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyO
     if (!PyArg_ParseTuple(dialled, "OO!iIppdy#S:_dial", &socket, &PyByteArray_Type, &mark, &fd, &bucket,
                           &private, &mailed, &lifetime, &address, &address_size, &note))
         return false;
-    struct pool_birth birth = {.bucket = bucket, .flags = private ? SHM_KIND_PRIVATE : 0};
+    struct pool_birth birth = {.bucket = bucket, .flags = private ? SHM_KIND_PRIVATE : 0, .took_ns = took_ns};
     memcpy(birth.peer, address, (size_t)address_size < sizeof birth.peer ? (size_t)address_size : sizeof birth.peer);
     birth.expires_ns = lifetime > 9e9 ? NEVER : clock_now() + (uint64_t)(lifetime * 1e9);
     if (!mailed) {
@@ -800,8 +818,9 @@ static bool dial(PoolObject *self, struct pool_claim *claim, const struct reques
         Py_XDECREF(dialled); /* our copy goes; the parent goes on with its own */
         return false;
     }
-    hist_add(&pool->slab.totals->dial, clock_now() - begun, 1);
-    bool installed = dialled && install(self, claim, id, dialled);
+    uint64_t took_ns = clock_now() - begun;
+    hist_add(&pool->slab.totals->dial, took_ns, 1);
+    bool installed = dialled && install(self, claim, id, dialled, took_ns);
     Py_XDECREF(dialled);
     if (!installed) {
         abandon(self, claim);
@@ -1228,7 +1247,7 @@ static PyObject *lease_client(PoolObject *self, struct pool_claim *claim, struct
     PyObject *client = PyObject_CallMethod((PyObject *)self, "_accept_client", "IKiNN", (unsigned)claim->slot, (unsigned long long)id, fd,
                                            PyBool_FromLong(mailed), taken);
     bool forked = forked_since(self, generation); /* then our copy goes; the parent goes on with its own */
-    bool installed = !forked && client && client != Py_None && install(self, claim, id, client);
+    bool installed = !forked && client && client != Py_None && install(self, claim, id, client, 0);
     Py_XDECREF(client);
     if (forked)
         return NULL;
@@ -1663,6 +1682,16 @@ static PyObject *pool_snapshot(PoolObject *self, PyObject *unused)
     return check_made(self) ? snapshot_build(&self->pool.slab, self->pool.slab_fd) : NULL;
 }
 
+/* _events(first, patient): see events_build() */
+static PyObject *pool_events(PoolObject *self, PyObject *args)
+{
+    unsigned long long first;
+    int patient;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "Kp", &first, &patient))
+        return NULL;
+    return events_build(&self->pool.slab, first, patient != 0);
+}
+
 static int pool_traverse(PoolObject *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
@@ -1719,6 +1748,7 @@ static PyMethodDef pool_methods[] = {
     {"_mail", FASTCALL(pool_mail), METH_VARARGS, NULL},
     {"_is_open", FASTCALL(pool_is_open_), METH_NOARGS, NULL},
     {"_snapshot", FASTCALL(pool_snapshot), METH_NOARGS, NULL},
+    {"_events", FASTCALL(pool_events), METH_VARARGS, NULL},
     {"_open", FASTCALL(pool_open_), METH_VARARGS, NULL},
     JOIN_METHODS(METHOD_ENTRY)
     CARE_METHODS(METHOD_ENTRY)

@@ -15,6 +15,9 @@
 PyObject *snapshot_build(struct slab *slab, int fd);
 /* Raise ValueError(what is wrong, whether it is a matter of versions); NULL. */
 PyObject *raise_bad_slab(enum slab_verdict verdict);
+/* (next, lost, [(number, kind, reason, time, connection, slot or -1, pid, value, text), ...]): the events from number `first` on that are still there. `lost`
+ * of them were overwritten, or their writers died. `patient`: stop at one that is being written; else that is lost too. */
+PyObject *events_build(const struct slab *slab, uint64_t first, bool patient);
 extern PyType_Spec view_spec;
 
 /* ---- pools and leases (module.c) ---- */
@@ -102,6 +105,7 @@ extern PyTypeObject *lease_type;
 extern PyObject *lease_expired; /* of shmpool.errors */
 extern PyObject *socket_close;  /* of _socket.socket */
 extern const char always_dirty[1];
+extern const char *const total_names[]; /* in the order of SHM_TOTAL_COUNTERS */
 
 /* Raise LeaseExpired; NULL. */
 PyObject *raise_expired(uint64_t connection, const char *reason);

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "connection.h"
+#include "events.h"
 #include "recovery.h"
 #include "service.h"
 
@@ -505,6 +506,16 @@ static bool leased_word(PoolObject *self, PyObject *args, uint32_t *slot, uint64
     return false;
 }
 
+static void note_overdue(struct pool *pool, uint32_t slot, uint64_t word)
+{
+    struct slot_shm *row = &pool->slab.slots[slot];
+    uint32_t owner = slot_owner(word);
+    pool_count_total(pool, SHM_T_overdue_leases, 1);
+    event_note(&pool->slab, (struct event){.kind = EVENT_overdue, .slot = slot, .connection = SHM_LOAD(row, row->connection),
+                                           .pid = owner && owner <= pool->slab.layout.max_workers ? SHM_LOAD(hint, pool->slab.workers[owner - 1].pid) : 0,
+                                           .value = clock_now() - SHM_LOAD(row, row->leased_ns)});
+}
+
 /* _report_leak(slot, word) -> bool: True: the caller reports this lease; False: it is over, or somebody else does. */
 PyObject *care_report_leak(PoolObject *self, PyObject *args)
 {
@@ -518,7 +529,7 @@ PyObject *care_report_leak(PoolObject *self, PyObject *args)
     bool sure = SHM_LOAD(row, row->leased_ns) != SHM_LOAD(row, row->last_used_ns) || marked == ~word;
     if (slot_load(row) != word || marked == word || !SHM_CAS_SEQ(queue, row->mark, &marked, sure ? word : ~word) || !sure)
         Py_RETURN_FALSE;
-    pool_count_total(&self->pool, SHM_T_overdue_leases, 1);
+    note_overdue(&self->pool, slot, word);
     Py_RETURN_TRUE;
 }
 
@@ -540,7 +551,7 @@ PyObject *care_revoke(PoolObject *self, PyObject *args)
     if (!pool_condemn(pool, &claim))
         Py_RETURN_FALSE;
     if (!reported)
-        pool_count_total(pool, SHM_T_overdue_leases, 1);
+        note_overdue(pool, claim.slot, lease.word);
     struct parts parts = {.fd = -1};
     int fd = ours ? entry_fd(pool, claim.slot) : -1;
     if (ours)

@@ -153,7 +153,7 @@ PyObject *entry_socket(PoolObject *self, uint32_t slot)
 
 /* ---- ends of connections ---- */
 
-static const char *const total_names[] = {
+const char *const total_names[] = {
 #define TOTAL_NAME(name, text) #name,
     SHM_TOTAL_COUNTERS(TOTAL_NAME)};
 

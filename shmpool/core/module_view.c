@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "events.h"
 #include "pool.h"
 #include "service.h"
 
@@ -241,6 +242,61 @@ static PyObject *view_snapshot(ViewObject *self, PyObject *unused)
     return view_is_whole(self) ? snapshot_build(&self->slab, self->fd) : NULL;
 }
 
+static const char *const event_names[] = {
+#define EVENT_NAME(name, text) #name,
+    SHM_EVENT_KINDS(EVENT_NAME)};
+
+static const char *reason_name(const struct event *event)
+{
+    if (event->kind == EVENT_closed && event->reason >= SHM_T_closed_broken && event->reason <= SHM_T_closed_revoked)
+        return total_names[event->reason] + sizeof "closed_" - 1;
+    if (event->kind == EVENT_state && event->reason <= SHM_POOL_CLOSED)
+        return steering_state_name((enum pool_state)event->reason);
+    return "";
+}
+
+static PyObject *event_tuple(uint64_t number, const struct event *event)
+{
+    return Py_BuildValue("KssdKiIKN", (unsigned long long)number, event_names[event->kind], reason_name(event), (double)event->time_ns / 1e9,
+                         (unsigned long long)event->connection, event->slot == EVENT_NO_SLOT ? -1 : (int)event->slot, event->pid,
+                         (unsigned long long)event->value, PyUnicode_DecodeUTF8(event->text, (Py_ssize_t)strlen(event->text), "ignore"));
+}
+
+PyObject *events_build(const struct slab *slab, uint64_t first, bool patient)
+{
+    PyObject *list = PyList_New(0);
+    uint64_t count = event_count(slab), next = first < count ? first : count, lost = 0;
+    if (count - next > SHM_EVENTS) {
+        lost = count - SHM_EVENTS - next;
+        next = count - SHM_EVENTS;
+    }
+    for (; list && next < count; next++) {
+        struct event event;
+        enum event_found found = event_read(slab, next, &event);
+        if (found == EVENT_BEGUN && patient)
+            break;
+        if (found != EVENT_WHOLE) {
+            lost++;
+            continue;
+        }
+        PyObject *tuple = event_tuple(next, &event);
+        if (!tuple || PyList_Append(list, tuple))
+            Py_CLEAR(list);
+        Py_XDECREF(tuple);
+    }
+    return list ? Py_BuildValue("KKN", (unsigned long long)next, (unsigned long long)lost, list) : NULL;
+}
+
+/* events(first, patient) -> (next, lost, [event, ...]): see events_build() */
+static PyObject *view_events(ViewObject *self, PyObject *args)
+{
+    unsigned long long first;
+    int patient;
+    if (!view_is_whole(self) || !PyArg_ParseTuple(args, "Kp:events", &first, &patient))
+        return NULL;
+    return events_build(&self->slab, first, patient != 0);
+}
+
 /* capacity() -> slots: as many mailboxes does each member need. */
 static PyObject *view_capacity(ViewObject *self, PyObject *unused)
 {
@@ -409,6 +465,7 @@ static void view_dealloc(ViewObject *self)
 
 static PyMethodDef view_methods[] = {
     {"snapshot", FASTCALL(view_snapshot), METH_NOARGS, PyDoc_STR("snapshot() -> dict")},
+    {"events", FASTCALL(view_events), METH_VARARGS, PyDoc_STR("events(first, patient) -> (next, lost, [(number, kind, reason, time, connection, slot, pid, value, text)])")},
     {"capacity", FASTCALL(view_capacity), METH_NOARGS, PyDoc_STR("capacity() -> slots")},
     {"identity", FASTCALL(view_identity), METH_NOARGS, PyDoc_STR("identity() -> (id, name, config, rendezvous, listener's inode, creator's pid, open)")},
     {"mailboxes", FASTCALL(view_mailboxes), METH_NOARGS, PyDoc_STR("mailboxes() -> [inode of each slot's mailbox]")},

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "connection.h"
+#include "events.h"
 #include "freelist.h"
 #include "recovery.h"
 #include "service.h"
@@ -250,13 +251,17 @@ void pool_free(struct pool *pool)
 static void sit_down(struct pool *pool, uint32_t index)
 {
     struct worker_shm *row = &pool->slab.workers[index];
+    uint32_t dead = SHM_LOAD_ACQUIRE(worker, row->state) == SHM_WORKER_ACTIVE ? SHM_LOAD(hint, row->pid) : 0;
     pool->worker = index + 1;
     pool->row = row;
     SHM_STORE(hint, row->pid, pool->pid);
     SHM_STORE(hint, row->started_ns, clock_now());
     SHM_ADD(hint, row->generation, 1);
     SHM_STORE_RELEASE(worker, row->state, SHM_WORKER_ACTIVE); /* before the sweep: if we die in it, others go on with it */
-    recovery_sweep(pool, pool->worker); /* also when the row is FREE: a thread of one that left may have come too late */
+    uint32_t freed = recovery_sweep(pool, pool->worker); /* also when the row is FREE: a thread of one that left may have come too late */
+    if (dead)
+        event_note(&pool->slab, (struct event){.kind = EVENT_died, .slot = EVENT_NO_SLOT, .pid = dead, .value = freed});
+    event_note(&pool->slab, (struct event){.kind = EVENT_joined, .slot = EVENT_NO_SLOT});
 }
 
 /* First the indices given back, then those whose holders died. */
@@ -340,6 +345,7 @@ void pool_leave(struct pool *pool)
         usleep(1000);
     if (!pool_holds_any(pool)) /* else the row stays ACTIVE, and whoever comes sweeps it */
         SHM_STORE_RELEASE(worker, pool->row->state, SHM_WORKER_FREE);
+    event_note(&pool->slab, (struct event){.kind = EVENT_left, .slot = EVENT_NO_SLOT});
     pool->generation++;
     seat_close(pool->seat);
     atomic_store_explicit(&pool->recovering, false, memory_order_release);
@@ -647,6 +653,8 @@ bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool
     if (!slot_move(row, &claim->word, pool->worker, SLOT_LEASED))
         return false;
     pool_count_total(pool, SHM_T_created, 1);
+    event_note(&pool->slab, (struct event){.kind = EVENT_opened, .slot = claim->slot, .connection = SHM_LOAD(row, row->connection),
+                                           .value = birth->took_ns});
     if (birth->flags & SHM_KIND_UNMAILED)
         pool_count_total(pool, SHM_T_failed_deposits, 1);
     if (claim->slot >= steering_cap(&pool->slab)) /* the pool was made smaller meanwhile, by somebody who saw no connection here */
@@ -764,6 +772,11 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
     /* The slot of a dial whose process died: its connection never was. */
     bool was_there = SHM_LOAD(row, row->connection) && !(SHM_LOAD(row, row->kind) >> SHM_KIND_WANTED_SHIFT);
     struct ended *note = was_there ? note_ended(pool, claim->slot, reason) : NULL;
+    uint64_t created_ns = SHM_LOAD(row, row->created_ns);
+    if (was_there)
+        event_note(&pool->slab, (struct event){.kind = EVENT_closed, .reason = (uint8_t)reason, .slot = claim->slot,
+                                               .connection = SHM_LOAD(row, row->connection),
+                                               .value = created_ns ? clock_now() - created_ns : 0});
     mailbox_drain(pool->mailboxes[claim->slot]);
     if (was_there || SHM_LOAD(row, row->connection)) /* else its process died before the dial began */
         pool_count_total(pool, was_there ? reason : SHM_T_dial_failures, 1);

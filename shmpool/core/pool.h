@@ -188,6 +188,7 @@ struct pool_birth {
     uint32_t flags;          /* SHM_KIND_* */
     uint64_t expires_ns;     /* UINT64_MAX: never */
     uint64_t peer[3];
+    uint64_t took_ns;        /* the dial, for the event; 0: not known */
 };
 
 /* DIALING: the id under which the connection will be known (for the letter). */

@@ -4,6 +4,7 @@
 #include <assert.h>
 
 #include "connection.h"
+#include "events.h"
 #include "freelist.h"
 #include "service.h"
 
@@ -74,6 +75,7 @@ static uint32_t recover_one(struct pool *pool, int fd, uint32_t index)
     if (SHM_LOAD_ACQUIRE(worker, row->state) == SHM_WORKER_ACTIVE) { /* not recovered by another meanwhile */
         freed = recovery_sweep(pool, index + 1);
         pool_count_total(pool, SHM_T_recoveries, 1);
+        event_note(&pool->slab, (struct event){.kind = EVENT_died, .slot = EVENT_NO_SLOT, .pid = SHM_LOAD(hint, row->pid), .value = freed});
         SHM_STORE_RELEASE(worker, row->state, SHM_WORKER_FREE);
     }
     byte_unlock(fd, index);

@@ -23,7 +23,8 @@ bool slab_layout(struct slab_layout *layout, uint64_t max_slots, uint64_t max_wo
     layout->max_waiters = (uint32_t)max_waiters;
     layout->bitmap_words = (uint32_t)(round_up(max_slots, 512) / 64);
     layout->totals_offset = SHM_HEADER_BYTES;
-    layout->workers_offset = round_up(layout->totals_offset + sizeof(struct totals_shm), 4096);
+    layout->events_offset = round_up(layout->totals_offset + sizeof(struct totals_shm), 4096);
+    layout->workers_offset = round_up(layout->events_offset + SHM_EVENTS * sizeof(struct event_shm), 4096);
     layout->words_offset = layout->workers_offset + max_workers * sizeof(struct worker_shm);
     layout->waiters_offset = round_up(layout->words_offset + round_up(max_waiters, SHM_WAITER_GROUP) * sizeof(a64_shm), 64);
     layout->bitmaps_offset = layout->waiters_offset + max_waiters * sizeof(struct waiter_shm);
@@ -41,6 +42,7 @@ uint32_t slab_format(void)
         sizeof(struct slot_shm),   SHM_W_COUNT,               SHM_T_COUNT,                SHM_BITMAPS,
         SHM_HIST_BUCKETS,          SHM_HIST_FIRST_OCTAVE,     SLOT_SEQUENCE_SHIFT,        WAITER_TICKET_SHIFT,
         SHM_WAITER_GROUP,          sizeof(void *),            SHM_MAX_WAITERS,            UINT32_C(0x01020304),
+        SHM_EVENTS,                sizeof(struct event_shm),
     };
     uint32_t hash = 2166136261u;
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
@@ -54,6 +56,7 @@ static void slab_point(struct slab *slab, void *base, const struct slab_layout *
     slab->layout = *layout;
     slab->header = base;
     slab->totals = (struct totals_shm *)(bytes + layout->totals_offset);
+    slab->events = (struct event_shm *)(bytes + layout->events_offset);
     slab->workers = (struct worker_shm *)(bytes + layout->workers_offset);
     slab->waiter_words = (a64_shm *)(bytes + layout->words_offset);
     slab->waiters = (struct waiter_shm *)(bytes + layout->waiters_offset);

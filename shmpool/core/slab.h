@@ -4,6 +4,8 @@
  *   | header_shm          (8 KiB) |  what the slab is, then the words all processes change
  *   +-----------------------------+ SHM_HEADER_BYTES
  *   | totals_shm                  |  counters and histograms of rare events, of the whole pool
+ *   +-----------------------------+ events_offset
+ *   | event_shm   x 1024          |  128 bytes each: a ring of what happened last
  *   +-----------------------------+ workers_offset
  *   | worker_shm  x max_workers   |  16 KiB each: who registered, its counters, its histograms
  *   +-----------------------------+ waiters_offset
@@ -45,6 +47,9 @@ enum {
     SHM_CONFIG_BYTES = 4096,
     SHM_RENDEZVOUS_BYTES = 512,
     SHM_ERROR_BYTES = 128,
+    SHM_EVENTS = 1024,
+    SHM_EVENT_TEXT = 64,
+    SHM_EVENT_WORDS = 5 + SHM_EVENT_TEXT / 8,
     SHM_HIST_SUB_BITS = 5,                      /* 32 buckets per octave: a bucket is at most 3.1 % wide */
     SHM_HIST_FIRST_OCTAVE = 6,                  /* 64 ns */
     SHM_HIST_OCTAVES = 31,                      /* up to 137 s */
@@ -56,7 +61,7 @@ enum bucket { BUCKET_TCP4, BUCKET_TCP6, BUCKET_UDP4, BUCKET_UDP6, BUCKET_UNIX };
 _Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list");
 
 #define SHM_MAGIC UINT64_C(0x6c6f6f706d687301) /* "\x01shmpool" */
-#define SHM_VERSION UINT32_C(4)
+#define SHM_VERSION UINT32_C(5)
 #define SHM_NO_WORKER UINT32_C(0) /* worker numbers in words are index + 1 */
 
 /* ---- counters: one list yields the enum, the names, the Python side and the table in docs/design.md ---- */
@@ -164,6 +169,7 @@ struct header_shm {
     _Alignas(64) a64_shm next_connection;  /* the id of the next connection */
     a64_shm next_ticket;                   /* the place of the next waiter */
     a64_shm recovery_checked_ns;           /* when somebody last looked for dead workers (hint) */
+    a64_shm next_event;                    /* events.h */
     a32_shm listed;                        /* bit i: free-list i may have a bit (hint) */
     a32_shm padding_d;
 };
@@ -178,6 +184,14 @@ struct totals_shm {
     uint8_t padding[256 - 8 * SHM_T_COUNT];
     struct hist_shm wait; /* time in the waiter queue */
     struct hist_shm dial; /* time of a dial */
+};
+
+/* one of the last events; events.h */
+struct event_shm {
+    a64_shm turn;
+    a64_shm words[SHM_EVENT_WORDS];
+    a64_shm sum;
+    uint8_t padding[128 - 8 * (SHM_EVENT_WORDS + 2)];
 };
 
 /* the state of a row changes only under the OFD lock on the byte of its index (worker.h) */
@@ -236,6 +250,7 @@ _Static_assert(offsetof(struct header_shm, summary) == SHM_HEADER_BYTES - 128, "
 _Static_assert(offsetof(struct header_shm, cap) == SHM_HEADER_BYTES - 128 - 256, "what is steered has lines of its own");
 _Static_assert(sizeof(struct header_shm) == SHM_HEADER_BYTES, "header");
 _Static_assert(sizeof(struct totals_shm) == 256 + 2 * 8 * SHM_HIST_BUCKETS, "totals");
+_Static_assert(sizeof(struct event_shm) == 128, "an event is two lines");
 _Static_assert(offsetof(struct worker_shm, counters) == 64, "counters start a line");
 _Static_assert(offsetof(struct worker_shm, get) == 512, "histograms start a line");
 _Static_assert(sizeof(struct worker_shm) == 16384, "a worker costs 16 KiB");
@@ -248,7 +263,7 @@ _Static_assert(sizeof(struct slot_shm) == 128, "a slot is two lines");
 struct slab_layout {
     uint32_t max_slots, max_workers, max_waiters;
     uint32_t bitmap_words; /* per bitmap */
-    uint64_t totals_offset, workers_offset, words_offset, waiters_offset, bitmaps_offset, slots_offset, total_size;
+    uint64_t totals_offset, events_offset, workers_offset, words_offset, waiters_offset, bitmaps_offset, slots_offset, total_size;
 };
 
 /* The layout for these capacities; false when one is out of range (1..SHM_MAX_*). */
@@ -258,6 +273,7 @@ bool slab_layout(struct slab_layout *layout, uint64_t max_slots, uint64_t max_wo
 struct slab {
     struct header_shm *header;
     struct totals_shm *totals;
+    struct event_shm *events;
     struct worker_shm *workers;
     a64_shm *waiter_words;
     struct waiter_shm *waiters;

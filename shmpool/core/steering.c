@@ -4,6 +4,7 @@
 #include <assert.h>
 #include <string.h>
 
+#include "events.h"
 #include "freelist.h"
 
 static const char *const state_names[] = {"open", "paused", "draining", "closed"}; /* in the order of enum pool_state */
@@ -28,6 +29,7 @@ bool steering_state(struct slab *slab, enum pool_state to)
             return false;
         said = (summary & ~SHM_STATE_MASK) | (uint64_t)to << SHM_STATE_SHIFT;
     } while (!SHM_CAS_SEQ(queue, slab->header->summary, &summary, said));
+    event_note(slab, (struct event){.kind = EVENT_state, .reason = (uint8_t)to, .slot = EVENT_NO_SLOT});
     waiter_wake_all(slab);
     return true;
 }
@@ -62,6 +64,8 @@ uint32_t steering_evict(struct slab *slab, uint64_t connection, const void *peer
             continue;
         found += steering_condemn(slab, slot, id, SHM_EXPIRES_EVICTED);
     }
+    if (found)
+        event_note(slab, (struct event){.kind = EVENT_evicted, .slot = EVENT_NO_SLOT, .value = found});
     return found;
 }
 
@@ -82,6 +86,8 @@ uint32_t steering_resize(struct slab *slab, uint32_t cap)
     steering_enforce(slab); /* also of a cap that is not smaller: who lowered it before us may have died before this */
     for (uint32_t slot = before; slot < cap; slot++)
         freelist_put(slab, SHM_EMPTY_LIST, slot);
+    if (cap != before)
+        event_note(slab, (struct event){.kind = EVENT_resized, .slot = EVENT_NO_SLOT, .value = cap});
     if (cap > before)
         waiter_wake_all(slab);
     return before;

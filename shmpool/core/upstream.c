@@ -4,6 +4,8 @@
 #include <assert.h>
 #include <string.h>
 
+#include "events.h"
+#include "stats.h"
 #include "waiter.h"
 
 const char *upstream_state_name(enum upstream_state state)
@@ -99,6 +101,9 @@ bool upstream_failed(struct slab *slab, uint64_t seen, uint64_t now, const struc
         note_error(slab, text); /* before it can be read */
     } while (!SHM_CAS_SEQ(upstream, slab->header->upstream, &word, next));
     SHM_ADD(hint, slab->header->upstream_failures, 1);
+    struct event event = {.kind = upstream_is_down(word) ? EVENT_dial_failed : EVENT_down, .slot = EVENT_NO_SLOT};
+    memcpy(event.text, text, strnlen(text, sizeof event.text - 1));
+    event_note(slab, event);
     return !upstream_is_down(word);
 }
 
@@ -108,6 +113,9 @@ bool upstream_proved(struct slab *slab)
     while (upstream_state(word) != UPSTREAM_UP)
         if (SHM_CAS_SEQ(upstream, slab->header->upstream, &word, UPSTREAM_UP)) {
             waiter_wake_all(slab); /* those who waited for this dial to find out */
+            if (upstream_is_down(word))
+                event_note(slab, (struct event){.kind = EVENT_up, .slot = EVENT_NO_SLOT,
+                                                .value = clock_now() - SHM_LOAD(hint, slab->header->upstream_since_ns)});
             return upstream_is_down(word);
         }
     return false;
