@@ -307,7 +307,7 @@ def _check_backoff(value: object) -> str:
         first, longest = value
         if first <= longest:
             return ""
-    return "must be (first pause, longest pause) in seconds, the first not the longer one"
+    return "must be a tuple (first pause, longest pause) in seconds, the first not the longer one"
 
 
 # What the kernel takes: the first two are seconds.

@@ -108,7 +108,7 @@ class PoolClosed(PoolError):
         if self.draining:
             return f"{_named('pool', self.pool)} is draining and gives nothing out; resume() opens it again"
         if self.left:
-            return f"this process has left {_named('pool', self.pool)}, which others still use; join it again to use it"
+            return f"this process has left {_named('pool', self.pool)}; join it again to use it"
         return f"{_named('pool', self.pool)} is closed; make a new Pool"
 
 
@@ -164,6 +164,8 @@ class PoolTimeout(PoolError, TimeoutError):
             return f"{text}; the last dial failed: {self.__cause__}"
         if self.listening:
             return f"{text}; none was new or had something to say"
+        if not self.counts.get("leased") and self.counts.get("dialing"):
+            return f"{text}; a connection is being opened: is the server slow? wait longer"
         return f"{text}; return connections sooner, raise max_connections or wait longer"
 
 

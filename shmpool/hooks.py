@@ -103,7 +103,7 @@ def _tell(
 ) -> None:
     try:
         hook(told)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         logger.error(
             "%s of pool %r raised %s for connection %d (%s)",
             name,

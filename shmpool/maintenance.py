@@ -84,6 +84,7 @@ class Maintained(Protocol):
     def _expire(self, minimum: int, /) -> int: ...
     def _open(self, mask: int, /) -> bool: ...
     def _open_connections(self) -> int: ...
+    def _is_short(self) -> bool: ...
     def _whole_mask(self) -> int: ...
     def _upstream(self) -> tuple[str, float, str, int]: ...
     def _interrupt_dials(self) -> None: ...
@@ -164,7 +165,8 @@ def _replenish(turn: _Turn) -> bool:
     try:
         return _open_missing(turn) == "later"
     except DialError as error:  # an outage is logged once, by who dials
-        logger.debug("no connection for the minimum of pool %r: %s", turn.pool.name, error)
+        extra = {"pool": turn.pool.name, "slot": None, "connection_id": None, "reason": "minimum"}
+        logger.debug("no connection for the minimum of pool %r: %s", turn.pool.name, error, extra=extra)
         return False
 
 
@@ -226,7 +228,9 @@ class _Prewarm:
         except Exception:
             self._failed(turn, "")
             raise
-        if how == "full":
+        if how == "full" and pool._is_short():  # the rest are under way, in whichever process
+            self.due = time.monotonic() + _FINDING_OUT_S
+        elif how == "full":
             pool._prewarm_note(0, 0, True)
         elif how == "none":
             state, wait, why, _ = pool._upstream()

@@ -76,6 +76,7 @@ _LIFETIME_JITTER = 0.1  # connections of one birth end within this share of thei
 SPARE_DESCRIPTORS = 64  # left to the rest of the process when the limit is checked
 _POLL_S = 0.002
 
+_LEAST_HOOK_S = 0.01  # what on_created has at least, however long the dial took
 _DIAL_PATIENCE_S = 0.5
 _OTHERS_PATIENCE_S = 0.2  # of maintain(), for dials that others have begun
 DRAIN_TIMEOUT_S = 30.0
@@ -129,6 +130,7 @@ class Pool(_core.PoolBase):
     __slots__ = (
         "__weakref__",
         "_config",
+        "_dialled",
         "_dialling",
         "_interrupted",
         "_maintenance",
@@ -174,7 +176,9 @@ class Pool(_core.PoolBase):
         next request. So nothing may be read ahead: what a worker has taken off the socket, it has to answer.
 
         Settings are those of PoolConfig. `max_connections` limits the clients that are connected; others wait in the
-        kernel's queue (`backlog`) until one goes. `max_idle_connections` and `idle_timeout` say how many may be silent,
+        kernel's queue (`backlog`) until one goes. When none goes for a second, the one that has been silent for longest
+        has to (`evicted`), as a server closes keep-alive connections that it needs for others: so give it more than
+        there are clients at a time. `max_idle_connections` and `idle_timeout` say how many may be silent,
         and for how long. `on_created` sees each client before anybody has it; one that it refuses, by raising or by
         returning False, ends, and get() goes on (what was raised goes to the log "shmpool.hooks"). `acceptor` takes a
         client from the listening socket in place of accept(): it gets that socket and returns a socket, or (socket,
@@ -200,6 +204,7 @@ class Pool(_core.PoolBase):
         self._maintenance = Maintenance()
         self._dialling: dict[tuple[int, int], socket.socket] = {}  # by process, thread: what it connects this moment
         self._interrupted: set[int] = set()  # threads whose dial was ended by `_interrupt_dials`
+        self._dialled: dict[int, tuple[float, float, float]] = {}  # by thread: `_welcome`
 
     # ---- how a process comes by a pool ------------------------------------------------------------------------------
 
@@ -291,7 +296,8 @@ class Pool(_core.PoolBase):
             config.when_down == "wait",
         )
         borrowed = self._maintenance.takers.noting(config.on_borrow) if config.leak_stacks else config.on_borrow
-        hooks = borrowed, config.on_return, config.on_created, config.acceptor is not None
+        created = None if config.on_created is None else self._welcome
+        hooks = borrowed, config.on_return, created, config.acceptor is not None
         return options, dials, config.get_timeout, self._whole_mask(), *hooks
 
     def _join(self, deadline: float, path: str = "") -> None:
@@ -431,15 +437,16 @@ class Pool(_core.PoolBase):
         self._refuse_closed()
         maintain_now(self)
         deadline = time.monotonic() + _OTHERS_PATIENCE_S
-        while (missing := self._missing()) and self._counts()["dialing"] and time.monotonic() < deadline:
+        while (short := self._is_short()) and self._counts()["dialing"] and time.monotonic() < deadline:
             time.sleep(_POLL_S)  # another process, or the background, finds out
-        if missing and self._upstream()[0] in ("down", "probing"):
+        if short and self.state == "open" and self._upstream()[0] in ("down", "probing"):
             raise self._down_error()
 
-    def _missing(self) -> bool:
-        """Whether fewer than min_connections are open, in a pool that is."""
-        there = self._open_connections() - self._counts()["dialing"]
-        return there < self._config.effective_min_connections and self.state == "open"
+    def _is_short(self) -> bool:
+        """Whether fewer than min_connections are open, and could be used."""
+        counts = self._counts()
+        there = sum(counts.values()) - counts["empty"] - counts["retiring"] - counts["dialing"]
+        return there < self._config.effective_min_connections
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until `min_connections` are open, at most `timeout` seconds (None: the pool's get_timeout).
@@ -451,7 +458,7 @@ class Pool(_core.PoolBase):
         begun = time.monotonic()
         while True:
             self._refuse_closed()
-            if self._open_connections() - self._counts()["dialing"] >= self._config.effective_min_connections:
+            if not self._is_short():
                 return
             if not self._maintenance.is_running():
                 with contextlib.suppress(DialError, PoolTimeout):
@@ -464,8 +471,8 @@ class Pool(_core.PoolBase):
     # ---- steering ---------------------------------------------------------------------------------------------------
 
     def resize(self, max_connections: int) -> None:
-        """Change the cap, for all processes, to 1 .. `resize_limit` (without one: twice the `max_connections` that the
-        pool was made with, or what the limit of descriptors allowed).
+        """Change the cap, for all processes, to `min_connections` .. `resize_limit` (without one: twice the
+        `max_connections` that the pool was made with, or what the limit of descriptors allowed).
 
         A larger cap serves waiting callers at once. For a smaller one idle connections beyond it end now, leased ones
         when they are returned; nothing new is opened until fewer are open than the new cap allows.
@@ -841,6 +848,8 @@ class Pool(_core.PoolBase):
         try:
             dialled = self._accept(*self._call_dial(request), mask, mailed == [True])
             self._log_opened(slot, connection, time.monotonic() - begun)
+            if config.on_created is not None:
+                self._dialled[thread] = (begun, left, timeout)
             return dialled
         except DialError as error:
             took = time.monotonic() - begun
@@ -870,21 +879,54 @@ class Pool(_core.PoolBase):
             extra = {"pool": self._name, "slot": None, "connection_id": None, "reason": "down"}
             dial_logger.warning("pool %r: %s is down: %s", self._name, self._source(), why, extra=extra)
         else:
-            dial_logger.debug("pool %r: %s", self._name, error)
+            extra = {"pool": self._name, "slot": None, "connection_id": None, "reason": "failed"}
+            dial_logger.debug("pool %r: %s", self._name, error, extra=extra)
 
     def _upstream_is_up(self) -> None:
         extra = {"pool": self._name, "slot": None, "connection_id": None, "reason": "up"}
         dial_logger.info("pool %r: %s is up again", self._name, self._source(), extra=extra)
 
+    def _welcome(self, conn: _core.PooledConnection) -> object:
+        """on_created as a part of the dial: what it does on the socket has the rest of the dial's time, and ends when
+        the dial is to end."""
+        assert self._config.on_created is not None
+        thread = threading.get_ident()
+        sock, key = conn.socket, (os.getpid(), thread)
+        begun, left, _ = self._dialled.get(thread, (math.inf, 0.0, 0.0))  # else a client that was accepted: no limit
+        limit = max(_LEAST_HOOK_S, begun + min(self._config.connection_timeout, left) - time.monotonic())
+        usual = sock.gettimeout()
+        if limit < (math.inf if usual is None else usual):
+            sock.settimeout(limit)
+        within = sock.gettimeout()  # as it was rounded
+        self._dialling[key] = sock
+        try:
+            answer = self._config.on_created(conn)
+        finally:
+            self._dialling.pop(key, None)
+            with contextlib.suppress(OSError):  # closed by the hook
+                if sock.gettimeout() == within:  # else the hook has chosen another
+                    sock.settimeout(usual)
+        self._dialled.pop(thread, None)
+        return answer
+
     def _refused(self, cause: BaseException, attempt: int, seen: int) -> BaseException:
         """What a connection refused by on_created means for who wanted it: the dial has failed."""
+        thread, now = threading.get_ident(), time.monotonic()
+        begun, left, timeout = self._dialled.pop(thread, (now, math.inf, math.inf))
+        took, interrupted = now - begun, thread in self._interrupted
+        self._interrupted.discard(thread)
         if not isinstance(cause, Exception):
             self._upstream_untried(seen)
             return cause
-        error = DialError(target=self._source(), attempt=attempt)
+        error = DialError(target=self._source(), attempt=attempt, waited=took)
         error.__cause__ = cause
-        if says_nothing(cause):
+        if interrupted or says_nothing(cause):
             self._upstream_untried(seen)
+        elif isinstance(cause, TimeoutError) and left < self._config.connection_timeout and took >= left:
+            self._upstream_doubt(seen)
+            late = PoolTimeout(waited=timeout - left + took, timeout=timeout, counts=self._counts())
+            late.__cause__ = error
+            return late
         else:
             self._dial_failed(error, seen)
         return error
@@ -975,7 +1017,7 @@ class Pool(_core.PoolBase):
     def _accept(self, sock: socket.socket, metadata: bytes, mask: int, mailed: bool) -> tuple[Any, ...]:
         """Take a dialled socket over: what the core's install() wants."""
         try:
-            bucket, address = kind_of(sock)
+            bucket, address = kind_of(sock, self._source())
             if not mask >> bucket & 1:
                 protocol, version = BUCKETS[bucket]
                 wanted = self._wanted(mask)

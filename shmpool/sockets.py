@@ -117,18 +117,20 @@ def socket_and_metadata(result: Any, who: str = "dial") -> tuple[socket.socket, 
     return sock, metadata
 
 
-def kind_of(sock: socket.socket) -> tuple[int, bytes]:
-    """The bucket of a connected socket, and its peer as the slab stores it: address, port, nothing for unix."""
+def kind_of(sock: socket.socket, target: str) -> tuple[int, bytes]:
+    """The bucket of a connected socket, and its peer as the slab stores it: address, port, nothing for unix.
+
+    `target`: what the error calls what was dialled."""
     try:
         peer = sock.getpeername()
     except OSError as error:
-        raise DialError(target="dial") from error
+        raise DialError(target=target) from error
     if sock.family == socket.AF_UNIX:
         return BUCKETS.index((Protocol.UNIX, None)), bytes(24)
     kind = (_PROTOCOLS.get(sock.type), _FAMILIES.get(sock.family))
     if kind not in BUCKETS:
         unfit = ValueError(f"dial must return a TCP, UDP or unix socket, not {sock.family!r} {sock.type!r}")
-        raise DialError(target="dial") from unfit
+        raise DialError(target=target) from unfit
     host, port = peer[:2]
     packed = socket.inet_pton(sock.family, host.partition("%")[0])
     return BUCKETS.index(kind), packed.ljust(16, b"\0") + struct.pack("!H6x", port)

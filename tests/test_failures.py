@@ -6,6 +6,7 @@ still works. Not here: leases that are misused (test_lease), shared memory that 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import math
@@ -108,20 +109,20 @@ class Scripted:
     ids=lambda error: type(error).__name__,
 )
 def test_a_dial_that_raises(make: Callable[..., Pool], server: ExclusiveServer, error: Exception) -> None:
-    dial = Scripted(server, *[error] * 3)
-    pool = make(dial=dial)
-    for call in (pool.get, pool.try_get, lambda: pool.get(0.5)):
+    calls: list[Callable[[Pool], object]] = [Pool.get, Pool.try_get, lambda pool: pool.get(0.5)]
+    for call in calls:
+        pool = make(dial=Scripted(server, error))
         with pytest.raises(DialError) as caught:
-            call()
+            call(pool)
         assert caught.value.__cause__ is error
         assert isinstance(caught.value, ConnectionError)
         assert caught.value.attempt == 1
         assert "Scripted" in caught.value.target
         assert states(pool) == {"empty": 1}
-    stats = pool.stats()
-    assert (stats.dial_errors, stats.dial_failures, stats.dial_attempts, stats.created) == (3, 3, 3, 0)
-    with pool.get() as conn:
-        exclusive_use(conn.socket, "after:1")
+        stats = pool.stats()
+        assert (stats.dial_errors, stats.dial_failures, stats.dial_attempts, stats.created) == (1, 1, 1, 0)
+        with pool.get() as conn:
+            exclusive_use(conn.socket, "after:1")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, Rude])
@@ -214,11 +215,12 @@ def test_a_server_that_accepts_and_closes(make: Callable[..., Pool], rst: bool) 
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept_and_close() -> None:
-            for _ in range(5):
-                conn, _ = listener.accept()
-                if rst:
-                    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                conn.close()
+            with contextlib.suppress(OSError):  # shut down, at the end
+                while True:
+                    conn, _ = listener.accept()
+                    if rst:
+                        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    conn.close()
 
         thread = threading.Thread(target=accept_and_close)
         thread.start()
@@ -237,10 +239,12 @@ def test_a_server_that_accepts_and_closes(make: Callable[..., Pool], rst: bool) 
             except ConnectionResetError:
                 assert rst
             conn.release()
+        listener.shutdown(socket.SHUT_RDWR)
         thread.join(10)
-        assert len(ids) == pool.stats().created
         assert rst or len(ids) == 5
-        assert pool.stats().closed["broken"] >= len(ids) - 1
+        # One that a probe opened in a thread of its own may be found reset before anybody has it.
+        assert len(ids) <= pool.stats().created
+        assert pool.stats().closed["broken"] >= pool.stats().created - 1
 
 
 def test_it_comes_back_with_the_server(make: Callable[..., Pool], server: ExclusiveServer) -> None:

@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 
-from shmpool import DialError, LeaseExpired, Pool, PoolClosed, PoolConfig, PooledConnection
+from shmpool import DialError, LeaseExpired, Pool, PoolClosed, PoolConfig, PooledConnection, PoolTimeout
 from shmpool.dialing import dial_target
 from shmpool.maintenance import FORK_PATIENCE_S, Maintenance, maintain_now
 from tests.processes import LONG, Child, Counters, Family, Latch, Way, descriptors, proven, states, until, use
-from tests.servers import ExclusiveServer, exclusive_use
+from tests.servers import ExclusiveServer, ask, exclusive_use
 
 DUTIES = ["_close_stale", "_look_over", "_overdue", "_maintainer", "_recover", "_expire", "_look_over", "_overdue"]
 
@@ -76,6 +76,9 @@ class FakePool:
 
     def _open_connections(self) -> int:
         return self.connections
+
+    def _is_short(self) -> bool:
+        return self.connections < self.config.effective_min_connections
 
     def _whole_mask(self) -> int:
         return 1
@@ -1060,3 +1063,77 @@ pools = [Pool({url!r}, max_connections=4, min_connections=2, maintenance_interva
 def test_a_process_that_ends_beside_its_threads(server: ExclusiveServer, how: str) -> None:
     run_script(EXIT.format(url=server.url, how=how))
     until(lambda: server.stats()["open"] == 0, "every connection is closed")
+
+
+# on_created is a part of the dial -------------------------------------------------------------------------------------
+
+
+def silent_hook(conn: PooledConnection) -> None:
+    conn.socket.sendall(b"PING\n")
+    conn.socket.recv(1)
+
+
+@pytest.fixture
+def deaf() -> Iterator[str]:
+    """A server that accepts, by its kernel, and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_connection_that_a_hook_looks_at_is_not_open_yet(deaf: str) -> None:
+    """Breaks when wait_ready() believes connections that nobody can use, or when people are told that they are lent."""
+    settings: dict[str, Any] = {"on_created": silent_hook, "connection_timeout": 1.0, "maintenance_interval": math.inf}
+    with Pool(deaf, min_connections=2, max_connections=4, **settings) as pool:
+
+        def call() -> None:
+            with pytest.raises(PoolTimeout):
+                pool.get(0.6)
+
+        callers = [threading.Thread(target=call) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        until(lambda: pool.stats().connections["dialing"] >= 1, "they dial")
+        with pytest.raises(PoolTimeout) as caught:
+            pool.wait_ready(0.3)
+        assert "is the server slow" in str(caught.value)
+        assert pool.stats().connections["leased"] == 0
+        for caller in callers:
+            caller.join(10)
+
+
+@pytest.mark.parametrize("timeout", [0.3, 5.0])
+def test_what_a_hook_does_on_the_socket_has_the_time_of_the_dial(deaf: str, timeout: float) -> None:
+    """Breaks when get() waits for the socket's own timeout (30 s) in on_created."""
+    seen: list[float | None] = []
+
+    def hook(conn: PooledConnection) -> None:
+        seen.append(conn.socket.gettimeout())
+        silent_hook(conn)
+
+    with Pool(deaf, on_created=hook, connection_timeout=0.5, maintenance_interval=math.inf) as pool:
+        begun = time.monotonic()
+        with pytest.raises(PoolTimeout if timeout < 0.5 else DialError) as caught:
+            pool.get(timeout)
+        assert min(timeout, 0.5) <= time.monotonic() - begun < 3
+        assert seen[0] is not None
+        assert 0 < seen[0] <= min(timeout, 0.5)
+        if isinstance(caught.value, DialError):
+            assert caught.value.waited >= 0.4
+            assert pool.stats().upstream == "down"
+        else:
+            assert pool.stats().upstream == "unproved", "a deadline of the caller's own says nothing of the server"
+
+
+def test_after_the_hook_the_socket_is_as_always(server: ExclusiveServer) -> None:
+    with proven(server, 1, on_created=lambda conn: ask(conn.socket, "PING"), socket_timeout=7.0) as pool:
+        pool.evict()
+        with pool.get() as conn:
+            assert conn.socket.gettimeout() == 7.0
+
+
+def test_a_hook_that_hangs_does_not_keep_close_waiting(deaf: str) -> None:
+    pool = Pool(deaf, min_connections=1, on_created=silent_hook, connection_timeout=30, maintenance_interval=0.05)
+    until(lambda: pool.stats().connections["dialing"] == 1, "maintenance dials")
+    begun = time.monotonic()
+    pool.close()
+    assert time.monotonic() - begun < 1.2

@@ -512,3 +512,20 @@ def test_a_herd_at_a_start_dials_no_more_than_it_needs(
         assert stats.created <= 16 + minimum + PROCESSES
         if hold:
             assert len({*numbers}) == 16
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+def test_known_to_be_down_is_told_at_once(server: ExclusiveServer, retries: int) -> None:
+    """Whatever `dial_retries` is: they are for dials of one's own. Breaks when a call waits for the end of the step."""
+    with proven(server, 2, dial_retries=retries, dial_backoff=(1.0, 1.0), every_slot=False) as pool:
+        server.refuse()
+        server.close_connections()
+        with pytest.raises((DialError, PoolTimeout)):
+            pool.get(1.5)
+        for call in (lambda: pool.get(30), pool.try_get, lambda: pool.get(0)):
+            begun = time.monotonic()
+            with pytest.raises(DialError) as caught:
+                call()
+            assert caught.value.down
+            assert time.monotonic() - begun < 0.3
+        server.listen()

@@ -714,7 +714,8 @@ static bool install(PoolObject *self, struct pool_claim *claim, uint64_t id, PyO
     if (!PyArg_ParseTuple(dialled, "OO!iIppdy#S:_dial", &socket, &PyByteArray_Type, &mark, &fd, &bucket,
                           &private, &mailed, &lifetime, &address, &address_size, &note))
         return false;
-    struct pool_birth birth = {.bucket = bucket, .flags = private ? SHM_KIND_PRIVATE : 0, .took_ns = took_ns};
+    struct pool_birth birth = {.bucket = bucket, .took_ns = took_ns};
+    birth.flags = (private ? SHM_KIND_PRIVATE : 0) | (self->on_created ? SHM_KIND_SHOWN : 0);
     memcpy(birth.peer, address, (size_t)address_size < sizeof birth.peer ? (size_t)address_size : sizeof birth.peer);
     birth.expires_ns = lifetime > 9e9 ? NEVER : clock_now() + (uint64_t)(lifetime * 1e9);
     if (!mailed) {
@@ -747,14 +748,13 @@ static bool created_is_welcome(PoolObject *self, struct pool_claim *claim)
     uint32_t generation = self->pool.generation;
     if (shown) {
         shown->shown = true;
-        a64_shm *mark = &self->pool.slab.slots[claim->slot].mark;
-        SHM_STORE(hint, *mark, claim->word); /* however long the hook takes: nobody has it on lease, so it is not overdue */
         answer = PyObject_CallOneArg(self->on_created, (PyObject *)shown);
         if (answer == Py_False)
             PyErr_SetString(PyExc_ConnectionError, "on_created refused the connection");
         if (!forked_since(self, generation)) {
-            SHM_STORE(row, self->pool.slab.slots[claim->slot].leased_ns, clock_coarse()); /* from now on it may be out for as long as any */
-            SHM_STORE(hint, *mark, 0);
+            struct slot_shm *row = &self->pool.slab.slots[claim->slot];
+            SHM_STORE(row, row->leased_ns, clock_coarse()); /* from now on it may be out for as long as any */
+            SHM_AND(row, row->kind, ~(uint32_t)SHM_KIND_SHOWN);
         }
         shown->active = false;
         lease_end(shown);
@@ -1145,13 +1145,8 @@ static bool nap(uint64_t ns)
 /* Nobody may dial: the server is down. */
 static PyObject *wait_for_server(PoolObject *self, struct request *request)
 {
-    uint64_t left = upstream_left(&self->pool.slab, clock_now());
     if (request_waits(request) && !patience_is_over(self, request)) {
         wait_turn(self, request);
-        return NULL;
-    }
-    if (!patience_is_over(self, request) && left <= UPSTREAM_NEAR_NS) {
-        nap(left);
         return NULL;
     }
     if (!request->failure)
@@ -1418,7 +1413,7 @@ static bool take_part(PoolObject *self, struct request *request)
         return false;
     request->generation = pool->generation;
     bool down = upstream_is_down(SHM_LOAD_SEQ(upstream, pool->slab.header->upstream));
-    request->patience = SHM_LOAD(hint, pool->slab.header->upstream_failures) + self->dial_retries + !down;
+    request->patience = SHM_LOAD(hint, pool->slab.header->upstream_failures) + (down ? 0 : self->dial_retries + 1);
     return true;
 }
 

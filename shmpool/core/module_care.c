@@ -230,7 +230,8 @@ PyObject *care_counts(PoolObject *self, PyObject *unused)
         return NULL;
     uint32_t bound = steering_bound(&self->pool.slab), cap = steering_cap(&self->pool.slab);
     for (uint32_t slot = 0; slot < bound; slot++) {
-        unsigned state = slot_state(slot_load(&self->pool.slab.slots[slot]));
+        struct slot_shm *row = &self->pool.slab.slots[slot];
+        unsigned state = slot_shown_state(row, slot_load(row));
         counts[state < SLOT_STATE_COUNT ? state : SLOT_INVALID]++;
     }
     unsigned long used = bound - counts[SLOT_EMPTY];
@@ -461,7 +462,7 @@ static bool is_overdue(struct pool *pool, uint32_t slot, uint64_t word, uint64_t
 {
     struct slot_shm *row = &pool->slab.slots[slot];
     uint64_t since = SHM_LOAD(row, row->leased_ns), used = SHM_LOAD(row, row->last_used_ns);
-    return slot_state(word) == SLOT_LEASED && SHM_LOAD(hint, row->mark) != word && now > since && now - since > age_ns && since >= used &&
+    return slot_shown_state(row, word) == SLOT_LEASED && SHM_LOAD(hint, row->mark) != word && now > since && now - since > age_ns && since >= used &&
            slot_load(row) == word;
 }
 

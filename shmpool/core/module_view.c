@@ -55,7 +55,6 @@ static PyObject *counter_dict(a64_shm *counters, const char *const *names, size_
 
 #define COUNTER_NAME(name, text) #name,
 static const char *const worker_counter_names[] = {SHM_WORKER_COUNTERS(COUNTER_NAME)};
-static const char *const total_counter_names[] = {SHM_TOTAL_COUNTERS(COUNTER_NAME)};
 
 /* One slot; the row is read between two equal words, so that it belongs to one moment, or after a few tries as it is. */
 static PyObject *slot_tuple(struct slab *slab, uint32_t index)
@@ -75,7 +74,8 @@ static PyObject *slot_tuple(struct slab *slab, uint32_t index)
         if (slot_load(row) == word)
             break;
     }
-    return Py_BuildValue("IsiKIy#KKKKI", index, slot_state_name(slot_state(word)), (int)slot_owner(word) - 1,
+    enum slot_state state = slot_state(word) == SLOT_LEASED && kind & SHM_KIND_SHOWN ? SLOT_DIALING : slot_state(word);
+    return Py_BuildValue("IsiKIy#KKKKI", index, slot_state_name(state), (int)slot_owner(word) - 1,
                          (unsigned long long)fields[0], kind_bucket(kind), (const char *)peer, (Py_ssize_t)sizeof peer,
                          (unsigned long long)fields[1], (unsigned long long)fields[2], (unsigned long long)fields[3],
                          (unsigned long long)fields[4],
@@ -159,7 +159,7 @@ PyObject *snapshot_build(struct slab *slab, int fd)
         header->max_slots - (header->listening ? SERVICE_RESERVED : 0), "max_workers", header->max_workers, "max_waiters", header->max_waiters, "size",
         (unsigned long long)header->total_size, "upstream", upstream_dict(slab), "prewarm", SHM_LOAD(hint, header->prewarm_created),
         SHM_LOAD(hint, header->prewarm_failed), SHM_LOAD(hint, header->prewarm_done), "totals",
-        counter_dict(slab->totals->counters, total_counter_names, SHM_T_COUNT), "slots", slot_list(slab), "slot_fields",
+        counter_dict(slab->totals->counters, total_names, SHM_T_COUNT), "slots", slot_list(slab), "slot_fields",
         "index", "state", "owner", "id", "bucket", "peer", "created_ns", "last_used_ns", "leased_ns", "uses", "flags",
         "workers", worker_list(slab, fd), "worker_fields", "index", "pid", "alive", "started_ns", "generation", "counters",
         "get_hist", "use_hist", "waiters", waiter_list(slab), "waiter_fields", "index", "worker", "tid", "mask", "since_ns",

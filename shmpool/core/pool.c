@@ -646,7 +646,7 @@ bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool
     SHM_STORE(row, row->checked_ns, now);
     SHM_STORE(row, row->uses, 0);
     SHM_STORE(row, row->expires_ns, birth->expires_ns);
-    SHM_STORE(row, row->private_owner, birth->flags ? pool->worker : SHM_NO_WORKER);
+    SHM_STORE(row, row->private_owner, birth->flags & (SHM_KIND_PRIVATE | SHM_KIND_UNMAILED) ? pool->worker : SHM_NO_WORKER);
     SHM_STORE(row, row->kind, birth->bucket | birth->flags);
     for (int i = 0; i < 3; i++)
         SHM_STORE(row, row->peer[i], birth->peer[i]);

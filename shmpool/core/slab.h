@@ -241,6 +241,7 @@ enum {
     SHM_KIND_PRIVATE = 1 << 8,  /* only private_owner can use it */
     SHM_KIND_UNMAILED = 1 << 9, /* no letter: ends at its release */
     SHM_KIND_ENDING = 1 << 10,  /* condemned by steering: ends at its release, or when somebody meets it idle */
+    SHM_KIND_SHOWN = 1 << 11,   /* new, and with on_created: LEASED, but nobody has it on lease yet; for people it is being dialled */
     SHM_KIND_WANTED_SHIFT = 16, /* DIALING: the buckets that are wanted */
 };
 /* expires_ns of a connection that is ENDING: why (no clock shows these) */

@@ -93,6 +93,13 @@ const char *slot_state_name(enum slot_state state);
 
 static inline uint64_t slot_load(struct slot_shm *slot) { return SHM_LOAD_SEQ(slot, slot->word); }
 
+/* Its state as people and statistics have it: a connection that on_created looks at is still being opened. */
+static inline enum slot_state slot_shown_state(struct slot_shm *slot, uint64_t word)
+{
+    bool is_shown = slot_state(word) == SLOT_LEASED && SHM_LOAD(row, slot->kind) & SHM_KIND_SHOWN;
+    return is_shown ? SLOT_DIALING : slot_state(word);
+}
+
 /* The one way to change a slot: from exactly `*word`. On success *word is the new word; else it is untouched. */
 static inline bool slot_move(struct slot_shm *slot, uint64_t *word, uint32_t owner, enum slot_state state)
 {
