@@ -830,7 +830,10 @@ def test_processes_that_share_a_name(family: Family) -> None:
     for number in range(5):
         until(lambda: shmpool.list_pools(), "the pool is there")
         clients.append(_connect_when_up(port, b"client %d" % number))
-    gone.set()
+    for number, client in enumerate(clients):
+        client.settimeout(TIMEOUT_S)
+        assert client.recv(64) == b"client %d" % number
+    gone.set()  # not before all are served: the first to go closes the pool
     assert sorted(each.result() for each in members) == [b"client %d" % number for number in range(5)]
     for client in clients:
         client.close()
