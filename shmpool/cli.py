@@ -1,5 +1,5 @@
-"""The command line: `shmpool list`, `stats`, `top`; `pause`, `resume`, `drain`, `resize`, `evict`, `recover`, `close`;
-`doctor`, `unlink`, `demo`. Also `python -m shmpool`.
+"""The command line: `shmpool list`, `stats`, `top`, `events`; `pause`, `resume`, `drain`, `resize`, `evict`, `recover`,
+`close`; `doctor`, `unlink`, `demo`. Also `python -m shmpool`.
 
 A command that looks at a pool does it through `inspector`, turns its `PoolStats` into `View`s (rows of texts, some in a
 style), and shows those: as plain lines, or, for `top` on a terminal, as a live picture with `rich`. Without `rich` all
@@ -19,6 +19,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from . import __version__, slab, steering
 from .errors import InvalidConfig, PoolError, PoolNotFound
+from .events import KINDS, Event, EventBatch
 from .inspector import Inspector, PoolInfo, inspect, list_pools, unlink
 from .sockets import pack_peer
 from .stats import FAILURES, STATES, ConnectionStats, PoolStats, WorkerStats
@@ -40,6 +42,8 @@ __all__ = ["main"]
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 ROWS_MAX = 50  # of a table that is printed and not cut to a screen
+_FOLLOW_S = 0.1  # between looks for new events
+_EVENT_PATIENCE_S = 0.5  # an event takes less than a microsecond to write, if its process is not stopped
 
 
 _Command = Callable[[argparse.Namespace], int]
@@ -144,6 +148,26 @@ def _add_looking(add: _Add) -> None:
     name_of(stats)
     _add_json(stats)
 
+    events = add(
+        "events",
+        _events,
+        "print what happened to a pool: dials, ends and why, the server down and up, deaths, steering",
+        "The last 1024 events of all its processes are kept, also of those that are gone.",
+    )
+    name_of(events)
+    events.add_argument("--follow", "-f", action="store_true", help="go on as they happen; Ctrl-C ends it")
+    events.add_argument(
+        "--last", type=_events_wanted, default=50, metavar="N", help="begin with the last N (default 50)"
+    )
+    events.add_argument(
+        "--kind",
+        action="append",
+        choices=KINDS,
+        metavar="KIND",
+        help=f"only these, repeatedly: {', '.join(KINDS)}",
+    )
+    events.add_argument("--json", action="store_true", help="as JSON, an object a line")
+
     top = add("top", _top, "show a pool at work; Ctrl-C ends it")
     name_of(top)
     top.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (default 1)")
@@ -244,6 +268,14 @@ def _peer(text: str) -> tuple[str, int] | str:
     return peer
 
 
+def _events_wanted(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+_events_wanted.__name__ = "number"
 _seconds.__name__, _count.__name__ = "number of seconds", "number"  # as argparse calls what cannot be converted
 
 
@@ -288,6 +320,50 @@ def _top(options: argparse.Namespace) -> int:
             closed = inspector.stats().state == "closed"
             print(f"pool {inspector.name!r} {'is closed' if closed else 'is used by no process any more'}")
     return 0
+
+
+def _events(options: argparse.Namespace) -> int:
+    wanted = frozenset(options.kind or KINDS)
+    with inspect(_name(options)) as inspector:
+        batch = inspector.events()
+        chosen = [event for event in batch.events if event.kind in wanted]
+        _print_events(chosen[max(0, len(chosen) - options.last) :], 0, options)
+        if not options.follow:
+            if not chosen and not options.json:
+                print("nothing has happened yet" if wanted == frozenset(KINDS) else "none of these has happened yet")
+            return 0
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            for news in _following(inspector, batch.next):
+                _print_events([event for event in news.events if event.kind in wanted], news.lost, options)
+    return 0
+
+
+def _following(inspector: Inspector, after: int) -> Iterator[EventBatch]:
+    """What happens from event `after` on, until the pool has ended."""
+    stuck_since = math.inf  # since when the next event is half written: for ever, if its process died
+    while True:
+        is_over = inspector.snapshot()["state"] == "closed" or not inspector.alive  # before the last look at events
+        batch = inspector.events(after, patient=not is_over and time.monotonic() - stuck_since < _EVENT_PATIENCE_S)
+        if batch.next > after:
+            yield batch
+        is_stuck = batch.next == after and inspector.events(after).next > after
+        stuck_since = min(stuck_since, time.monotonic()) if is_stuck else math.inf
+        after = batch.next
+        if is_over:
+            return
+        time.sleep(_FOLLOW_S)
+
+
+def _print_events(events: Iterable[Event], lost: int, options: argparse.Namespace) -> None:
+    if lost and not options.json:
+        print(f"({lost} events were lost: overwritten, or their process died while it wrote)")
+    for event in events:
+        print(json.dumps(event.to_dict()) if options.json else _printable(_event_line(event)), flush=options.follow)
+
+
+def _event_line(event: Event) -> str:
+    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time)) + f".{int(event.time * 1000) % 1000:03d}"
+    return f"{moment}  {event.pid:>7}  {event.kind:<11}  {event.describe()}"
 
 
 def _looks(inspector: Inspector, interval: float) -> Iterator[list[View]]:
