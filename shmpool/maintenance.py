@@ -319,18 +319,22 @@ class Maintenance:
 
     # ---- its life --------------------------------------------------------------------------------------------------
 
-    def start(self, pool: Maintained) -> None:
-        """See that the thread runs. Nothing happens when it does, after stop(), with an interval of math.inf, and in
-        the process that uWSGI forks its workers from."""
+    def start(self, pool: Maintained) -> bool:
+        """See that the thread runs. Nothing happens when it does, after stop(), and with an interval of math.inf.
+
+        False: this is the process that uWSGI forks its workers from, and may become one of them. Try again later."""
         self._notice_fork()
-        if math.isinf(pool.config.maintenance_interval) or _is_uwsgi_master():
-            return
+        if math.isinf(pool.config.maintenance_interval):
+            return True
+        if _is_uwsgi_master():
+            return False
         with self._lock:
             if self._ended:
-                return
+                return True
             self._pool = weakref.ref(pool)
             if not self._suspended:
                 self._launch(pool)
+        return True
 
     def _launch(self, pool: Maintained) -> None:
         if self._run is not None and not self._run.over:

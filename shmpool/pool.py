@@ -193,7 +193,8 @@ class Pool(_core.PoolBase):
     def _register(self) -> None:
         key = id(self)
         _pools[key] = weakref.ref(self, lambda _: _pools.pop(key, None))
-        self._maintenance.start(self)
+        if not self._maintenance.start(self):
+            self._remind()
 
     def _take(self, config: PoolConfig) -> None:
         self._config = config
@@ -565,11 +566,13 @@ class Pool(_core.PoolBase):
         slab_id, _ = self._identity()
         was_open = not self.closed
         self._maintenance.stop()  # first: what it finds closed, it would give back under our hands
-        self._shut()
-        slab.remove_own(self._name, slab_id)
-        self._remove_own_socket()
-        if self._config.listening and self._target is not None:
-            serving.remove(self._target)
+        try:
+            self._shut()
+        finally:  # a signal handler may raise anywhere
+            slab.remove_own(self._name, slab_id)
+            self._remove_own_socket()
+            if self._config.listening and self._target is not None:
+                serving.remove(self._target)
         while (out := self._leases_out()) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             self._recover()  # a holder may die meanwhile
@@ -727,11 +730,15 @@ class Pool(_core.PoolBase):
     def _joined(self) -> None:
         """This process has a place in the pool, for the first time since it was forked."""
         self._drop_foreign_dials()
-        self._maintenance.start(self)
+        if not self._maintenance.start(self):
+            self._remind()
 
     def _ended(self, rows: list[tuple[int, int, int, bytes, str, float, int]]) -> None:
         """Connections that this process has ended: (id, slot, bucket, peer, reason, age, uses)."""
         hook = self._config.on_close
+        interrupt: BaseException | None = (
+            None  # of a signal handler, while the hook ran; the others are told all the same
+        )
         for connection, slot, bucket, address, reason, age, uses in rows:
             level = _LEVELS.get(reason, logging.DEBUG)
             text = "pool %r: connection %d ended (%s) after %.3f s and %d leases"
@@ -751,7 +758,12 @@ class Pool(_core.PoolBase):
                 age=age,
                 uses=uses,
             )
-            call_on_close(hook, closed, self._name)
+            try:
+                call_on_close(hook, closed, self._name)
+            except BaseException as error:  # noqa: BLE001 - raised below
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _log(
         self,
@@ -838,15 +850,21 @@ class Pool(_core.PoolBase):
         protocol, version = self._wanted(mask)
         mailed: list[bool] = []
         thread = threading.get_ident()
+        key = os.getpid(), thread
 
         def predeposit(sock: socket.socket) -> None:
+            if thread in self._interrupted:  # while it tried another address
+                raise ConnectionAbortedError(errno.ECONNABORTED, "the dial was interrupted")
             mailed[:] = [self._mail(slot, connection, sock.fileno())]
-            self._dialling[os.getpid(), thread] = sock
+            self._dialling[key] = sock
 
         limit = min(config.connection_timeout, max(0.0, left))
         request = DialRequest(protocol, version, limit, attempt, predeposit, connection)
         try:
             dialled = self._accept(*self._call_dial(request), mask, mailed == [True])
+            if self._dialling.pop(key, None) is None and thread in self._interrupted:
+                dialled[0].close()  # it was shut down when it had just connected
+                raise DialError(target=self._source(), attempt=attempt, waited=time.monotonic() - begun)
             self._log_opened(slot, connection, time.monotonic() - begun)
             if config.on_created is not None:
                 self._dialled[thread] = (begun, left, timeout)
@@ -865,7 +883,7 @@ class Pool(_core.PoolBase):
                 self._dial_failed(error, seen)
             raise
         finally:
-            self._dialling.pop((os.getpid(), thread), None)
+            self._dialling.pop(key, None)
             self._interrupted.discard(thread)
 
     def _log_opened(self, slot: int, connection: int, took: float) -> None:
@@ -899,13 +917,16 @@ class Pool(_core.PoolBase):
             sock.settimeout(limit)
         within = sock.gettimeout()  # as it was rounded
         self._dialling[key] = sock
+        interrupted = False
         try:
             answer = self._config.on_created(conn)
         finally:
-            self._dialling.pop(key, None)
+            interrupted = self._dialling.pop(key, None) is None
             with contextlib.suppress(OSError):  # closed by the hook
                 if sock.gettimeout() == within:  # else the hook has chosen another
                     sock.settimeout(usual)
+        if interrupted and thread in self._interrupted:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "the dial was interrupted")
         self._dialled.pop(thread, None)
         return answer
 
@@ -948,10 +969,7 @@ class Pool(_core.PoolBase):
         self._drop_foreign_dials()
         if not self._dial_threads():
             return
-        for (process, _), sock in list(self._dialling.items()):
-            if process == os.getpid():  # else it is a parent's, which goes on with it
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        self._interrupt(lambda _thread: True)
         deadline = time.monotonic() + _DIAL_PATIENCE_S
         while self._dial_threads() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -964,11 +982,21 @@ class Pool(_core.PoolBase):
 
     def _interrupt_dials(self) -> None:
         """End what the maintenance thread of this process is connecting: it has to stop."""
-        for (process, thread), sock in list(self._dialling.items()):
-            if process == os.getpid() and self._maintenance.is_thread(thread):
-                self._interrupted.add(thread)
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        self._interrupt(self._maintenance.is_thread)
+
+    def _interrupt(self, is_wanted: Callable[[int], bool]) -> None:
+        """End what those threads of this process are connecting, or show to on_created. Who finds its socket taken out
+        of `_dialling` knows that it was interrupted."""
+        for key in list(self._dialling):
+            process, thread = key
+            if process != os.getpid() or not is_wanted(thread):  # a parent's goes on with it
+                continue
+            self._interrupted.add(thread)
+            if (sock := self._dialling.pop(key, None)) is None:  # it has just ended
+                self._interrupted.discard(thread)
+                continue
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def _call_dial(self, request: DialRequest) -> tuple[socket.socket, bytes]:
         """Call the dial of this pool; every failure of it is a DialError with its cause."""

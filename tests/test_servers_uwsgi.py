@@ -271,9 +271,19 @@ def test_maintenance(tmp_path: Path, share: Share) -> None:
 
 @pytest.mark.quick
 def test_without_a_master(tmp_path: Path) -> None:
-    """The first worker is the process that made the pool; nobody replaces the others."""
+    """The first worker is the process that made the pool; nobody replaces the others. Each has maintenance, the first
+    from its first request on."""
     workers = 4
+    maintained: dict[int, bool] = {}
     with serving(tmp_path, "--enable-threads", share="preload", workers=workers, master=False) as server:
+
+        def all_are_maintained() -> bool:
+            server.ask("/use")
+            answer = server.ask("/pid")
+            maintained[answer["pid"]] = answer["maintained"]
+            return len(maintained) == workers and all(maintained.values())
+
+        until(all_are_maintained, "every worker has maintenance")
         with load_on(server, chance()) as load:
             for pid in server.wait_for_children(workers - 1):
                 load.wait(10)

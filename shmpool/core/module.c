@@ -27,7 +27,7 @@
 #include "segment.h"
 #include "service.h"
 
-enum { SPARE_LEASES = 8 };
+enum { SPARE_LEASES = 8, LATE_LOOKS = 4 };
 #define ADOPTED_PATIENCE_NS UINT64_C(200000000) /* a dial of another process that takes longer may be one that is stopped */
 
 PyTypeObject *lease_type;
@@ -197,21 +197,25 @@ static bool run_hook(PyObject *hook, LeaseObject *lease)
 static inline void count_source(struct pool *pool, enum pool_source source);
 
 /* The lease begins: figures, hook. NULL with an exception: the hook refused; the connection is retired. NULL without: it took so long that the lease
- * was taken away, and the hook met that; search on. */
+ * was taken away meanwhile; search on. */
 static PyObject *lease_begin(PoolObject *self, LeaseObject *lease, uint64_t now, enum pool_source source)
 {
     struct slot_shm *row = lease_row(lease);
     SHM_STORE(row, row->leased_ns, now);
     SHM_STORE(row, row->uses, SHM_LOAD(row, row->uses) + 1);
-    if (SHM_UNLIKELY(self->on_borrow != NULL) && !run_hook(self->on_borrow, lease)) {
-        if (lease_is_ours(lease)) {
-            if (slot_load(row) != lease->claim.word && PyErr_ExceptionMatches(lease_expired))
-                PyErr_Clear();
-            lease->active = false;
-            retire_leased(self, &lease->claim, SHM_T_closed_refused);
+    if (SHM_UNLIKELY(self->on_borrow != NULL)) {
+        bool is_welcome = run_hook(self->on_borrow, lease), is_ours = lease_is_ours(lease); /* else the hook has ended it, or forked */
+        bool was_taken = is_ours && slot_load(row) != lease->claim.word;
+        if (was_taken && !is_welcome && PyErr_ExceptionMatches(lease_expired))
+            PyErr_Clear();
+        if (!is_welcome || was_taken) {
+            if (is_ours) {
+                lease->active = false;
+                retire_leased(self, &lease->claim, SHM_T_closed_refused);
+            }
+            Py_DECREF(lease);
+            return NULL;
         }
-        Py_DECREF(lease);
-        return NULL;
     }
     count_source(&self->pool, source);
     return (PyObject *)lease;
@@ -615,6 +619,7 @@ struct request {
     PyObject *outcome;    /* a list: where a dial thread of this call says that it is done: its error, or None; NULL: there is none */
     bool dialled_apart;   /* it was, with success */
     PyObject *failure;    /* the last DialError of this call, or NULL */
+    uint32_t late_looks;  /* looks without a result when the time was over */
     uint32_t attempts;    /* dials of this call */
     uint64_t patience;    /* failures of the upstream, of whosever dials, from which on this call may give up */
 };
@@ -754,7 +759,7 @@ static bool created_is_welcome(PoolObject *self, struct pool_claim *claim)
         if (!forked_since(self, generation)) {
             struct slot_shm *row = &self->pool.slab.slots[claim->slot];
             SHM_STORE(row, row->leased_ns, clock_coarse()); /* from now on it may be out for as long as any */
-            SHM_AND(row, row->kind, ~(uint32_t)SHM_KIND_SHOWN);
+            SHM_AND_SEQ(row, row->kind, ~(uint32_t)SHM_KIND_SHOWN);
         }
         shown->active = false;
         lease_end(shown);
@@ -1268,7 +1273,7 @@ static void wait_or_refuse(PoolObject *self, struct request *request, uint64_t l
     case SHM_POOL_OPEN:
         return;
     case SHM_POOL_PAUSED:
-        if (!request_waits(request))
+        if (!request->may_wait)
             raise_error(self, "paused", request->mask, waited, request->timeout_ns);
         else if (!left_ns)
             give_up(self, request, "timeout");
@@ -1364,7 +1369,7 @@ static PyObject *look(PoolObject *self, struct request *request)
     case TAKEN_DOWN:
         return wait_for_server(self, request);
     case TAKEN_PAUSED:
-        if (request_waits(request))
+        if (request->may_wait)
             wait_turn(self, request);
         else
             raise_error(self, "paused", request->mask, clock_now() - request->begun_ns, request->timeout_ns);
@@ -1397,12 +1402,21 @@ static void count_failure(PoolObject *self)
                                                                       : SHM_W_interrupted, 1);
 }
 
+/* Python wants to be told once more that this process takes part. False with an exception. */
+static bool remind(PoolObject *self)
+{
+    self->remind = false;
+    PyObject *result = PyObject_CallMethod((PyObject *)self, "_joined", NULL);
+    Py_XDECREF(result);
+    return result != NULL;
+}
+
 /* Be sure that this call is of a process that takes part: at its begin, and after a fork in its middle. False with an exception. */
 static bool take_part(PoolObject *self, struct request *request)
 {
     struct pool *pool = &self->pool;
     if (SHM_LIKELY(self->made && !self->finished && !forked_since(self, request->generation) && self->generation == pool->generation))
-        return true;
+        return SHM_LIKELY(!self->remind) || remind(self);
     Py_CLEAR(request->outcome);
     request->place.queued = request->place.dialling = false; /* after a fork the place is the parent's; after finish() it is gone */
     if (!self->made || self->finished || !pool_is_open(pool)) {
@@ -1417,6 +1431,20 @@ static bool take_part(PoolObject *self, struct request *request)
     return true;
 }
 
+/* A look has brought nothing, not even a wait: what it found could not be used. That may go on for as long as there is more of it; but not when the
+ * time is over. False with an exception. */
+static bool may_look_again(PoolObject *self, struct request *request)
+{
+    if (PyErr_Occurred() || PyErr_CheckSignals())
+        return false;
+    bool is_late = !request->may_wait || (request->deadline_ns != NEVER && clock_now() >= request->deadline_ns);
+    uint32_t most = request->timeout_ns ? LATE_LOOKS : LATE_LOOKS + self->pool.slab.layout.max_slots;
+    if (!is_late || !self->made || ++request->late_looks <= most)
+        return true;
+    request->resorted = true;
+    return give_up(self, request, request->may_wait ? "timeout" : self->pool.service ? "silent" : "exhausted");
+}
+
 static PyObject *search_and_wait(PoolObject *self, uint32_t mask, uint64_t timeout_ns, bool may_wait)
 {
     struct pool *pool = &self->pool;
@@ -1424,8 +1452,9 @@ static PyObject *search_and_wait(PoolObject *self, uint32_t mask, uint64_t timeo
     PyObject *lease = NULL;
     if (self->made && !self->finished && pool_joined(pool))
         (void)pool_answer(pool); /* see ensure_joined */
-    while (!lease && !PyErr_Occurred())
+    do
         lease = take_part(self, &request) ? look(self, &request) : NULL;
+    while (!lease && may_look_again(self, &request));
     if (!lease)
         count_failure(self);
     leave_queue(self, &request);
@@ -1443,6 +1472,13 @@ static PyObject *get_slow(PoolObject *self, uint32_t mask, uint64_t timeout_ns, 
     lease = search_and_wait(self, mask, timeout_ns, may_wait);
     Py_END_CRITICAL_SECTION();
     return lease;
+}
+
+/* What is left of the timeout of a call that began then; 0 stays 0. */
+static uint64_t timeout_left(uint64_t timeout_ns, uint64_t since_coarse)
+{
+    uint64_t spent = clock_coarse() - since_coarse;
+    return timeout_ns == NEVER || !timeout_ns ? timeout_ns : spent < timeout_ns ? timeout_ns - spent : 1;
 }
 
 static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t timeout_ns, bool may_wait)
@@ -1484,7 +1520,7 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
     if (SHM_LIKELY(begun_lease != NULL))
         return begun_lease;
     if (!PyErr_Occurred())
-        return get_slow(self, mask, timeout_ns, may_wait);
+        return get_slow(self, mask, timeout_left(timeout_ns, now), may_wait);
     count_failure(self);
     return NULL;
 }
@@ -1677,6 +1713,14 @@ static PyObject *pool_snapshot(PoolObject *self, PyObject *unused)
     return check_made(self) ? snapshot_build(&self->pool.slab, self->pool.slab_fd) : NULL;
 }
 
+/* _remind() -> None: call _joined() again at the next get() that finds nothing in the local cache. */
+static PyObject *pool_remind(PoolObject *self, PyObject *unused)
+{
+    (void)unused;
+    self->remind = true;
+    Py_RETURN_NONE;
+}
+
 /* _events(first, patient): see events_build() */
 static PyObject *pool_events(PoolObject *self, PyObject *args)
 {
@@ -1744,6 +1788,7 @@ static PyMethodDef pool_methods[] = {
     {"_is_open", FASTCALL(pool_is_open_), METH_NOARGS, NULL},
     {"_snapshot", FASTCALL(pool_snapshot), METH_NOARGS, NULL},
     {"_events", FASTCALL(pool_events), METH_VARARGS, NULL},
+    {"_remind", FASTCALL(pool_remind), METH_NOARGS, NULL},
     {"_open", FASTCALL(pool_open_), METH_VARARGS, NULL},
     JOIN_METHODS(METHOD_ENTRY)
     CARE_METHODS(METHOD_ENTRY)

@@ -37,6 +37,7 @@ typedef struct {
     bool wait_when_down;
     bool accepts_by_hand; /* an acceptor of the program's takes clients from the listener */
     PyObject *on_borrow, *on_return, *on_created;
+    bool remind;          /* _remind() was called */
     bool cannot_mail;     /* the last connection opened here found no room in the mailbox: it can serve nobody but who dials it */
     PyObject *revoked;    /* {(slot, word of the lease): (socket, session)}, or NULL */
     a32_shm dial_threads; /* private: dials that go on in threads of their own */

@@ -185,6 +185,10 @@ static PyObject *care_close_stale_alone(PoolObject *self)
         return NULL;
     struct pool *pool = &self->pool;
     long closed = 0;
+    Py_BEGIN_ALLOW_THREADS
+    pool_end_again(pool);
+    Py_END_ALLOW_THREADS
+    tell_ended(self);
     for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
         struct slot_shm *row = &pool->slab.slots[slot];
         uint64_t word = slot_load(row);
@@ -456,14 +460,13 @@ PyObject *care_check_cut(PoolObject *self, PyObject *args)
 
 /* ---- overdue leases ---- */
 
-/* Is the slot leased since `age_ns`, and has nobody said so? In a lease that was taken this moment the row still has the times of the one before,
- * whose return came after its begin. */
+/* Is the slot leased since `age_ns`, and has nobody said so? */
 static bool is_overdue(struct pool *pool, uint32_t slot, uint64_t word, uint64_t now, uint64_t age_ns)
 {
     struct slot_shm *row = &pool->slab.slots[slot];
-    uint64_t since = SHM_LOAD(row, row->leased_ns), used = SHM_LOAD(row, row->last_used_ns);
-    return slot_shown_state(row, word) == SLOT_LEASED && SHM_LOAD(hint, row->mark) != word && now > since && now - since > age_ns && since >= used &&
-           slot_load(row) == word;
+    bool is_leased = slot_shown_state(row, word) == SLOT_LEASED; /* before the time: on_created's does not count */
+    uint64_t since = SHM_LOAD(row, row->leased_ns);
+    return is_leased && SHM_LOAD(hint, row->mark) != word && since && now > since && now - since > age_ns && slot_load(row) == word;
 }
 
 /* _overdue(age, only_own) -> [(slot, word, connection, pid, held), ...]: leases that have been out for longer and were not reported */
@@ -526,9 +529,7 @@ PyObject *care_report_leak(PoolObject *self, PyObject *args)
         return NULL;
     struct slot_shm *row = &self->pool.slab.slots[slot];
     uint64_t marked = SHM_LOAD(hint, row->mark);
-    /* Begin and last return in one tick of the coarse clock may be those of the lease before: it is believed when it is seen again. */
-    bool sure = SHM_LOAD(row, row->leased_ns) != SHM_LOAD(row, row->last_used_ns) || marked == ~word;
-    if (slot_load(row) != word || marked == word || !SHM_CAS_SEQ(queue, row->mark, &marked, sure ? word : ~word) || !sure)
+    if (slot_load(row) != word || marked == word || !SHM_CAS_SEQ(queue, row->mark, &marked, word))
         Py_RETURN_FALSE;
     note_overdue(&self->pool, slot, word);
     Py_RETURN_TRUE;
@@ -557,14 +558,14 @@ PyObject *care_revoke(PoolObject *self, PyObject *args)
     int fd = ours ? entry_fd(pool, claim.slot) : -1;
     if (ours)
         parts = entry_take(&pool->entries[claim.slot]);
+    if (parts.socket || parts.session) /* before its holder, whom the end of the connection wakes, can have ended the lease */
+        revoked_keep(self, &lease, parts.socket, parts.session);
     Py_BEGIN_ALLOW_THREADS
     pool_end(pool, &claim, &fd, 1, CONNECTION_LINGER_NS);
     pool_empty(pool, &claim, SHM_T_closed_revoked);
     Py_END_ALLOW_THREADS
     if (parts.fd >= 0)
         close(parts.fd);
-    if (parts.socket || parts.session)
-        revoked_keep(self, &lease, parts.socket, parts.session);
     Py_XDECREF(parts.socket);
     Py_XDECREF(parts.session);
     Py_XDECREF(parts.note);

@@ -354,6 +354,8 @@ void pool_leave(struct pool *pool)
 
 /* ---- get ---- */
 
+enum { UNENDED_JUST_NOW = UINT32_MAX >> 1 }; /* pool_empty() will say why */
+
 enum { SAW_OFFER = 1, SAW_EMPTY = 2, SAW_OTHER = 4, SAW_DAMAGE = 8, SAW_LOST = 16 /* an idle slot was taken under our hands */,
        SAW_BUSY = 32, SAW_DIAL = 64 };
 
@@ -394,14 +396,14 @@ static bool take_listed(struct pool *pool, uint32_t mask, struct pool_claim *cla
 
 static bool offer_expired(struct pool *pool, uint32_t slot, uint64_t now)
 {
-    uint64_t since = SHM_LOAD(row, pool->slab.slots[slot].leased_ns);
+    uint64_t since = SHM_LOAD(row, pool->slab.slots[slot].offered_ns);
     return now > since && now - since > WAITER_OFFER_TTL_NS;
 }
 
 /* Look at every slot word; take the first that is idle and fits. *saw tells what else is there. */
 static bool steal(struct pool *pool, uint32_t mask, struct pool_claim *claim, unsigned *saw)
 {
-    uint32_t count = steering_bound(&pool->slab), slot = pool->worker * 7 % count;
+    uint32_t count = steering_bound(&pool->slab), cap = steering_cap(&pool->slab), slot = pool->worker * 7 % count;
     for (uint32_t i = 0; i < count; i++, slot = slot + 1 < count ? slot + 1 : 0) {
         uint64_t word = slot_load(&pool->slab.slots[slot]);
         switch (slot_state(word)) {
@@ -416,7 +418,7 @@ static bool steal(struct pool *pool, uint32_t mask, struct pool_claim *claim, un
             *saw |= SAW_OFFER | SAW_BUSY;
             break;
         case SLOT_EMPTY:
-            *saw |= SAW_EMPTY;
+            *saw |= slot < cap ? SAW_EMPTY : 0;
             break;
         case SLOT_DIALING:
             *saw |= SAW_DIAL | SAW_BUSY;
@@ -602,7 +604,8 @@ enum pool_taken pool_take(struct pool *pool, uint32_t mask, struct waiter_place 
     enum pool_taken taken = search(pool, mask, place, claim, &saw);
     if ((taken == TAKEN_NOTHING || taken == TAKEN_DOWN) && recovery_is_due(pool))
         return TAKEN_RECOVER;
-    if (taken == TAKEN_NOTHING && (saw & SAW_OTHER) && !(saw & SAW_EMPTY) && take_other(pool, mask, claim))
+    bool has_room = (saw & SAW_EMPTY) && steering_has_room(&pool->slab);
+    if (taken == TAKEN_NOTHING && (saw & SAW_OTHER) && !has_room && take_other(pool, mask, claim))
         return TAKEN_EVICTED;
     return taken;
 }
@@ -678,23 +681,27 @@ static void make_empty(struct pool *pool, struct pool_claim *claim)
 }
 
 /* The letter's descriptor, as mailbox_peek. When this process has none left to receive it with, it gives its spare one up for the
- * moment, ends the connection at once and takes the spare again. */
+ * moment, ends the connection at once and takes the spare again. MAILBOX_NO_ROOM: another thread was faster to use it. */
 static int peek_for_end(struct pool *pool, uint32_t slot, uint64_t linger_ns)
 {
     struct letter letter;
     uint64_t connection = SHM_LOAD(row, pool->slab.slots[slot].connection);
-    int fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
-    int spare = fd == MAILBOX_NO_ROOM ? atomic_exchange(&pool->spare_fd, -1) : -1;
-    if (spare <= 0)
+    int fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter), none = -1;
+    if (fd != MAILBOX_NO_ROOM)
         return fd;
-    close(spare);
+    int spare = atomic_exchange(&pool->spare_fd, -1);
+    if (spare >= 0)
+        close(spare);
     fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
-    if (fd >= 0) {
+    bool found = fd >= 0;
+    if (found) {
         connection_end(&fd, 1, linger_ns);
         close(fd);
     }
-    atomic_store(&pool->spare_fd, open("/dev/null", O_RDONLY | O_CLOEXEC));
-    return MAILBOX_NONE;
+    spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (spare >= 0 && !atomic_compare_exchange_strong(&pool->spare_fd, &none, spare))
+        close(spare); /* another thread has taken one */
+    return found ? MAILBOX_NONE : fd;
 }
 
 void pool_abandon(struct pool *pool, struct pool_claim *claim)
@@ -723,6 +730,8 @@ static size_t gather_ends(struct pool *pool, struct pool_claim *claims, const in
     for (size_t i = 0; i < count; i++) {
         bool given = fds && fds[i] >= 0;
         ours[i] = given ? MAILBOX_NONE : peek_for_end(pool, claims[i].slot, linger_ns);
+        if (ours[i] == MAILBOX_NO_ROOM)
+            SHM_STORE(private, pool->entries[claims[i].slot].unended, UNENDED_JUST_NOW);
         int fd = given ? fds[i] : ours[i];
         if (fd >= 0)
             ends[found++] = fd;
@@ -767,6 +776,11 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
 {
     assert(slot_state(claim->word) == SLOT_RETIRING);
     struct slot_shm *row = &pool->slab.slots[claim->slot];
+    if (SHM_UNLIKELY(SHM_LOAD(private, pool->entries[claim->slot].unended))) {
+        SHM_STORE(private, pool->entries[claim->slot].unended, 1 + reason);
+        SHM_ADD(private, pool->unended, 1);
+        return;
+    }
     if (slot_load(row) != claim->word)
         return; /* not ours any more: recovered by somebody who took us for dead, or damage */
     /* The slot of a dial whose process died: its connection never was. */
@@ -788,6 +802,23 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
     note->next = atomic_load(&pool->ended);
     while (!atomic_compare_exchange_weak(&pool->ended, &note->next, note))
         ;
+}
+
+void pool_end_again(struct pool *pool)
+{
+    if (SHM_LIKELY(!SHM_LOAD(private, pool->unended)) || !pool_joined(pool))
+        return;
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        struct pool_claim claim = {.slot = slot, .word = slot_load(&pool->slab.slots[slot])};
+        uint32_t reason = SHM_LOAD(private, pool->entries[slot].unended);
+        if (!reason || reason == UNENDED_JUST_NOW || !SHM_CAS_SEQ(private, pool->entries[slot].unended, &reason, 0))
+            continue;
+        SHM_ADD(private, pool->unended, -1u);
+        if (slot_state(claim.word) != SLOT_RETIRING || slot_owner(claim.word) != pool->worker)
+            continue; /* of a process that we were forked from */
+        pool_end(pool, &claim, NULL, 1, CONNECTION_LINGER_NS);
+        pool_empty(pool, &claim, reason - 1);
+    }
 }
 
 struct ended *pool_take_ended(struct pool *pool)

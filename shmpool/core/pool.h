@@ -32,6 +32,7 @@ struct entry {
     int fd;
     a32_shm place;       /* where the slot stands in the local cache */
     const char *dirty;   /* nonzero there: the holder may have changed the socket's mode, or closed it */
+    a32_shm unended;     /* private: the connection, RETIRING by us, could not be ended yet: 1 + why it ends, or UNENDED_JUST_NOW; else 0 */
     void *socket, *session, *note; /* of module.c */
 };
 
@@ -67,6 +68,7 @@ struct pool {
     int slab_fd;
     struct descriptors shared; /* slab_fd, listener and mailboxes, for newcomers; owns the listener alone */
     struct rendezvous *door;   /* answers newcomers of a pool with a listener; else NULL */
+    a32_shm unended;       /* private: how many entries are */
     _Atomic(int) spare_fd; /* given up for a moment when a letter must be read and no descriptor is left */
     uint32_t pid;
     struct seat *seat;
@@ -202,8 +204,11 @@ bool pool_condemn(struct pool *pool, struct pool_claim *claim);
 /* RETIRING: end connections for all processes, each by the caller's descriptor, else by its letter. `fds` may be NULL, and an element
  * -1. Blocks up to `linger_ns`, once for all. The caller then closes its own copies and calls pool_empty for each. */
 void pool_end(struct pool *pool, struct pool_claim *claims, const int *fds, size_t count, uint64_t linger_ns);
-/* RETIRING -> EMPTY: the permit is free. `reason` is a counter SHM_T_closed_*. */
+/* RETIRING -> EMPTY: the permit is free. `reason` is a counter SHM_T_closed_*. A connection that pool_end() could not end, because this process has no
+ * descriptor left to fetch it with, stays RETIRING, with its permit, for pool_end_again(). */
 void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason);
+/* Try again what could not be ended. */
+void pool_end_again(struct pool *pool);
 /* IDLE -> CHECKING: the next idle connection from slot *from on, usable here, that nobody has used or checked for `interval_ns`.
  * *from is where to go on. `only_private`: of those that nobody but we can use. */
 bool pool_begin_check(struct pool *pool, uint32_t *from, uint64_t interval_ns, bool only_private, struct pool_claim *claim);
@@ -310,6 +315,7 @@ static inline enum pool_released pool_release(struct pool *pool, struct pool_cla
     if (SHM_UNLIKELY(SHM_LOAD(row, row->kind) & (SHM_KIND_UNMAILED | SHM_KIND_ENDING)))
         return RELEASE_RETIRE; /* nobody else could use it, nor end it; or it is condemned */
     SHM_STORE(row, row->last_used_ns, now_coarse);
+    SHM_STORE(row, row->leased_ns, 0); /* whoever takes it next has it a moment before he says since when */
     if (SHM_UNLIKELY(SHM_LOAD_SEQ(queue, pool->slab.header->summary)))
         return pool_release_contended(pool, claim);
     if (SHM_UNLIKELY(pool->options.idle_limit) && pool_count_idle(pool) + 1 >= pool->options.idle_limit)

@@ -95,6 +95,7 @@ uint32_t recovery_run(struct pool *pool, bool now_please)
     SHM_STORE(hint, pool->slab.header->recovery_checked_ns, clock_coarse());
     if (atomic_exchange_explicit(&pool->recovering, true, memory_order_acquire))
         return 0; /* a thread of ours is at it */
+    pool_end_again(pool);
     uint32_t freed = 0;
     int fd = atomic_load_explicit(&pool->seat->fd, memory_order_acquire);
     for (uint32_t index = 0; fd >= 0 && index < pool->slab.layout.max_workers; index++) {

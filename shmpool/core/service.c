@@ -188,10 +188,14 @@ static uint32_t starved_at(uint64_t now_ns) { return (uint32_t)(now_ns / 1000000
 static bool take_room(struct pool *pool, struct pool_claim *claim)
 {
     uint32_t nobody = 0;
-    if (pool_take_empty(pool, claim))
-        return true;
-    SHM_CAS_SEQ(service, pool->slab.header->service_starved, &nobody, starved_at(clock_coarse()));
-    return pool_take_empty(pool, claim); /* if it was emptied just before, who did it has seen nothing */
+    bool taken = pool_take_empty(pool, claim);
+    if (!taken) {
+        SHM_CAS_SEQ(service, pool->slab.header->service_starved, &nobody, starved_at(clock_coarse()));
+        taken = pool_take_empty(pool, claim); /* if it was emptied just before, who did it has seen nothing */
+    }
+    if (taken)
+        pool_announce_dial(pool, claim, WAITER_ANY_BUCKET, false); /* if we die before it is installed, it never was */
+    return taken;
 }
 
 /* The idle connection that was used longest ago, its word and when that was; false: none is idle. */
@@ -245,6 +249,7 @@ void service_give_up(struct pool *pool, struct pool_claim *claim)
     assert(slot_state(claim->word) == SLOT_DIALING && claim->slot < slots_for_connections(&pool->slab));
     struct slot_shm *row = &pool->slab.slots[claim->slot];
     SHM_STORE(row, row->connection, 0);
+    SHM_STORE(row, row->kind, 0);
     if (!slot_move(row, &claim->word, SHM_NO_WORKER, SLOT_EMPTY))
         return;
     freelist_put(&pool->slab, SHM_EMPTY_LIST, claim->slot);

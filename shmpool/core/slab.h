@@ -61,7 +61,7 @@ enum bucket { BUCKET_TCP4, BUCKET_TCP6, BUCKET_UDP4, BUCKET_UDP6, BUCKET_UNIX };
 _Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list");
 
 #define SHM_MAGIC UINT64_C(0x6c6f6f706d687301) /* "\x01shmpool" */
-#define SHM_VERSION UINT32_C(5)
+#define SHM_VERSION UINT32_C(6)
 #define SHM_NO_WORKER UINT32_C(0) /* worker numbers in words are index + 1 */
 
 /* ---- counters: one list yields the enum, the names, the Python side and the table in docs/design.md ---- */
@@ -222,12 +222,12 @@ struct slot_shm {
     a64_shm word;         /* slot.h; the only truth about the slot */
     a64_shm connection;   /* id of the connection, 0 when there is none; by the holder */
     a64_shm last_used_ns; /* release of the last lease; by the holder */
-    a64_shm leased_ns;    /* start of the lease or of the offer; by the holder */
+    a64_shm leased_ns;    /* start of the lease, 0 from its end to the begin of the next; by the holder */
     a64_shm uses;         /* leases of this connection; by the holder */
     a64_shm expires_ns;   /* end of its life, UINT64_MAX when none; by the dialler; SHM_EXPIRES_* by anyone */
     a32_shm kind;         /* bucket | flags; by the dialler; SHM_KIND_ENDING by anyone */
     a32_shm private_owner; /* worker number that alone can use it, or 0; by the dialler */
-    uint8_t padding_a[8];
+    a64_shm offered_ns;   /* start of the offer; by the holder */
     /* the cold line */
     a64_shm created_ns;          /* CLOCK_MONOTONIC; by the dialler */
     a64_shm created_realtime_ns; /* by the dialler */

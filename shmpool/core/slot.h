@@ -96,7 +96,7 @@ static inline uint64_t slot_load(struct slot_shm *slot) { return SHM_LOAD_SEQ(sl
 /* Its state as people and statistics have it: a connection that on_created looks at is still being opened. */
 static inline enum slot_state slot_shown_state(struct slot_shm *slot, uint64_t word)
 {
-    bool is_shown = slot_state(word) == SLOT_LEASED && SHM_LOAD(row, slot->kind) & SHM_KIND_SHOWN;
+    bool is_shown = slot_state(word) == SLOT_LEASED && SHM_LOAD_ACQUIRE(row, slot->kind) & SHM_KIND_SHOWN;
     return is_shown ? SLOT_DIALING : slot_state(word);
 }
 

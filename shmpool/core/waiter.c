@@ -235,7 +235,7 @@ enum waiter_offered waiter_offer(struct slab *slab, uint32_t slot, uint64_t *wor
     struct slot_shm *row = &slab->slots[slot];
     uint32_t me = slot_owner(*word);
     struct waiter_seen seen;
-    SHM_STORE(row, row->leased_ns, now); /* the offer's age; ours to write, the slot is still LEASED by us */
+    SHM_STORE(row, row->offered_ns, now); /* ours to write, the slot is still LEASED by us */
     while (waiter_first(slab, mask, &seen)) {
         uint32_t owner = waiter_owner(seen.word);
         uint64_t matched =

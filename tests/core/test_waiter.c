@@ -261,7 +261,7 @@ static void offer_expires(void)
     enter(&place, other, PLAY_ANY, 1);
     CHECK_EQ(play_release(pool, &claim), RELEASED);
     CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &got), TAKEN_NOTHING);
-    atomic_store(&pool->slab.slots[0].leased_ns, clock_now() - WAITER_OFFER_TTL_NS - 1);
+    atomic_store(&pool->slab.slots[0].offered_ns, clock_now() - WAITER_OFFER_TTL_NS - 1);
     CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &got), TAKEN_LEASED);
     CHECK_EQ(got.source, SOURCE_OFFER);
     CHECK_EQ(play_total(pool, SHM_T_recovered_offers), 1);
