@@ -278,13 +278,12 @@ def test_without_a_master(tmp_path: Path) -> None:
     with serving(tmp_path, "--enable-threads", share="preload", workers=workers, master=False) as server:
 
         def all_are_maintained() -> bool:
-            server.ask("/use")
             answer = server.ask("/pid")
             maintained[answer["pid"]] = answer["maintained"]
             return len(maintained) == workers and all(maintained.values())
 
-        until(all_are_maintained, "every worker has maintenance")
         with load_on(server, chance()) as load:
+            until(all_are_maintained, "every worker has maintenance")
             for pid in server.wait_for_children(workers - 1):
                 load.wait(10)
                 server.kill(pid)
