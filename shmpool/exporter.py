@@ -119,8 +119,9 @@ def _registry() -> CollectorRegistry:
 
 
 class _Look(NamedTuple):
-    """One pool, now."""
+    """One pool, now. Its name is the one that it was found by: what a segment says of itself may be another's."""
 
+    name: str
     snapshot: Mapping[str, Any]
     stats: PoolStats
 
@@ -141,7 +142,7 @@ class _Figure:
         for look in looks:
             value = self.of(look)
             for each, number in value.items() if self.label else [(None, value)]:
-                family.add_metric([look.stats.name] if each is None else [look.stats.name, each], number)
+                family.add_metric([look.name] if each is None else [look.name, each], number)
         return family
 
 
@@ -158,7 +159,7 @@ class _Histogram:
         for look in looks:
             counts, seconds = coarsened(self.of(look))
             bounds = [*map(floatToGoString, BOUNDS), "+Inf"]
-            family.add_metric([look.stats.name], list(zip(bounds, counts, strict=True)), seconds)
+            family.add_metric([look.name], list(zip(bounds, counts, strict=True)), seconds)
         return family
 
 
@@ -182,12 +183,13 @@ def _of_workers(name: str) -> Callable[[_Look], Iterator[tuple[int, int, int]]]:
 
 
 def _idle_max(look: _Look) -> int:
-    """The setting; where it is None, or cannot be read, the cap of this moment."""
+    """The setting; where it is None, or cannot be, the cap of this moment."""
     try:
         setting = json.loads(look.snapshot["config"])["max_idle_connections"]
     except (ValueError, TypeError, KeyError, RecursionError):
         setting = None
-    return setting if isinstance(setting, int) else look.stats.max_connections
+    cap = look.stats.max_connections
+    return setting if isinstance(setting, int) and 0 <= setting < cap else cap
 
 
 _METRICS: tuple[_Figure | _Histogram, ...] = (
@@ -327,7 +329,7 @@ def _each(stats: PoolStats, names: Iterable[str]) -> dict[str, int]:
 
 class _Collector(Collector):
     def __init__(self, pools: Sequence[Pool | Inspector]) -> None:
-        self._pools = pools
+        self._pools = {pool.name: pool for pool in pools}
 
     def collect(self) -> Iterator[Metric]:
         outcomes = dict.fromkeys(_OUTCOMES, 0)
@@ -343,7 +345,7 @@ class _Collector(Collector):
         yield pools
 
     def _given(self) -> Iterator[tuple[str, _Look | None]]:
-        for pool in self._pools:
+        for name, pool in self._pools.items():
             try:
                 snapshot = pool.snapshot() if isinstance(pool, Inspector) else pool._snapshot()
             except PoolError:
@@ -351,7 +353,7 @@ class _Collector(Collector):
             except ValueError:  # an inspector that has been closed
                 yield "vanished", None
             else:
-                yield "reported", _look(snapshot)
+                yield "reported", _look(name, snapshot)
 
 
 def _found() -> Iterator[tuple[str, _Look | None]]:
@@ -360,7 +362,7 @@ def _found() -> Iterator[tuple[str, _Look | None]]:
         try:
             with Inspector(name) as inspector:
                 if inspector.alive:
-                    yield "reported", _look(inspector.snapshot())
+                    yield "reported", _look(name, inspector.snapshot())
                 else:
                     yield "dead", None
         except PoolNotFound:
@@ -369,5 +371,5 @@ def _found() -> Iterator[tuple[str, _Look | None]]:
             yield "unreadable", None
 
 
-def _look(snapshot: Mapping[str, Any]) -> _Look:
-    return _Look(snapshot, PoolStats.from_snapshot(snapshot))
+def _look(name: str, snapshot: Mapping[str, Any]) -> _Look:
+    return _Look(name, snapshot, PoolStats.from_snapshot(snapshot))
