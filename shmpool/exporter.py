@@ -53,9 +53,9 @@ __all__ = ["BOUNDS", "collector", "exposition", "serve"]
 BOUNDS = (*(float(f"{digit}e{power}") for power in range(-6, 2) for digit in ("1", "2.5", "5")), 100.0)
 _BOUNDS_NS = [round(bound * 1e9) for bound in BOUNDS]
 _POOL = "db_client_connection_pool_name"
-_STATES = ("open", "paused", "draining", "closed")
+_STATES: tuple[str, ...] = ("open", "paused", "draining", "closed")
 # What has become of a pool that a scrape looked for.
-_OUTCOMES = ("reported", "dead", "unreadable", "vanished")
+_OUTCOMES: tuple[str, ...] = ("reported", "dead", "unreadable", "vanished")
 
 
 def collector(pool: Pool | Inspector | None = None, *more: Pool | Inspector) -> Collector:

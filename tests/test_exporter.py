@@ -20,6 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from shmpool import Pool, PoolStats, PoolTimeout, exporter, inspect, slab
@@ -235,6 +237,20 @@ def test_every_process_tells_the_same(server: ExclusiveServer, family: Family) -
         assert gone.sub("", told) == gone.sub("", own)
 
 
+def test_openmetrics(url: str) -> None:
+    """The stricter form of the text, which Prometheus asks for first."""
+    with Pool(url, maintenance_interval=math.inf) as pool:
+        pool.get().release()
+        registry = CollectorRegistry()
+        registry.register(collector(pool))
+        strict = generate_openmetrics(registry).decode()
+        families = {family.name: family for family in openmetrics_families(strict)}
+        plain = scraped(pool).families
+    assert {name: (each.type, each.samples) for name, each in families.items()} == {
+        name: (each.type, each.samples) for name, each in plain.items()
+    }
+
+
 def test_a_server_that_is_down(deaf_port: int) -> None:
     with Pool(f"tcp://127.0.0.1:{deaf_port}", min_connections=1, maintenance_interval=math.inf) as pool:
         assert scraped(pool).value("shmpool_upstream_up", **{POOL: pool.name}) == 1, "nobody knows"
@@ -430,8 +446,9 @@ def test_over_http(url: str, number: signal.Signals) -> None:
             assert_tells(server.scrape(), pool.stats())
             assert server.url.startswith("http://127.0.0.1:"), "loopback, if nothing else was asked for"
         assert pool.name not in server.scrape().pools()
-        server.process.send_signal(number)
-        assert server.process.communicate(timeout=DEADLINE_S) == ("", "")
+        with socket.create_connection(("127.0.0.1", int(server.url.split(":")[2].split("/")[0]))):  # and asks nothing
+            server.process.send_signal(number)
+            assert server.process.communicate(timeout=DEADLINE_S) == ("", "")
         assert server.process.returncode == 0
 
 
