@@ -375,7 +375,7 @@ def test_what_is_no_living_pool_is_counted_and_left_out(
 def test_what_a_segment_says_is_not_believed(whole: bytes) -> None:
     """It cannot take another's name, which would make two of one series, nor report limits that cannot be."""
     config = whole.index(b'"max_idle_connections": null')
-    wrong = whole[:config] + b'"max_idle_connections": 9e9 ' + whole[config + 28 :]
+    wrong = whole[:config] + b'"max_idle_connections": 9999' + whole[config + 28 :]
     senseless = whole.replace(b'{"target"', b'["target"', 1)
     with segment("first", whole), segment("second", wrong), segment("third", senseless):
         scrape = scraped()
