@@ -1,5 +1,5 @@
-"""The command line: `shmpool list`, `stats`, `top`, `events`; `pause`, `resume`, `drain`, `resize`, `evict`, `recover`,
-`close`; `doctor`, `unlink`, `demo`. Also `python -m shmpool`.
+"""The command line: `shmpool list`, `stats`, `top`, `events`, `export`; `pause`, `resume`, `drain`, `resize`, `evict`,
+`recover`, `close`; `doctor`, `unlink`, `demo`. Also `python -m shmpool`.
 
 A command that looks at a pool does it through `inspector`, turns its `PoolStats` into `View`s (rows of texts, some in a
 style), and shows those: as plain lines, or, for `top` on a terminal, as a live picture with `rich`. Without `rich` all
@@ -8,7 +8,7 @@ line what has happened and what that means. Results go to standard output and er
 status is 0, or 1 when the command could not be done, or 2 when it was not understood.
 
 Not here: what the figures mean (`stats`), what is safe to open or to remove (`inspector`), what a change does
-(`steering`), the demonstration (`demo`).
+(`steering`), the metrics for Prometheus (`exporter`), the demonstration (`demo`).
 """
 
 from __future__ import annotations
@@ -173,6 +173,17 @@ def _add_looking(add: _Add) -> None:
     top.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (default 1)")
     top.add_argument("--once", action="store_true", help="print one look, over one interval, and end")
 
+    export = add(
+        "export",
+        _export,
+        "serve the figures of all pools to Prometheus",
+        "Every pool of this user is reported at each scrape of /metrics. Ctrl-C ends it. Anybody who can reach the "
+        "address can read them.",
+    )
+    export.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)")
+    export.add_argument("--port", type=_port, default=9464, metavar="N", help="default 9464; 0: any that is free")
+    export.add_argument("--once", action="store_true", help="print the figures of this moment, and end")
+
 
 def _add_steering(add: _Add) -> None:
     """The commands that change a pool; none guesses which."""
@@ -253,6 +264,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError("must be from 0 to 65535")
+    return value
+
+
 def _peer(text: str) -> tuple[str, int] | str:
     """1.2.3.4, 1.2.3.4:5, ::1, [::1] or [::1]:5."""
     found = re.fullmatch(r"\[(?P<six>[^]]*)\](:(?P<port>[0-9]+))?|(?P<four>[^:]*):(?P<port4>[0-9]+)", text)
@@ -276,7 +294,11 @@ def _events_wanted(text: str) -> int:
 
 
 _events_wanted.__name__ = "number"
-_seconds.__name__, _count.__name__ = "number of seconds", "number"  # as argparse calls what cannot be converted
+_seconds.__name__, _count.__name__, _port.__name__ = (
+    "number of seconds",
+    "number",
+    "number",
+)  # as argparse calls what cannot be converted
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -479,6 +501,18 @@ def _doctor(options: argparse.Namespace) -> int:
 def _unlink(options: argparse.Namespace) -> int:
     unlink(options.name, force=options.force)
     print(f"removed {options.name}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    try:
+        from .exporter import exposition, serve
+    except ImportError as error:
+        raise _Refusal(str(error), FAILED) from None
+    if options.once:
+        print(exposition(), end="")
+    else:
+        serve(options.host, options.port)
     return 0
 
 

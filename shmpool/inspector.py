@@ -31,7 +31,7 @@ from .errors import PoolError, PoolInUse, PoolNotFound, SlabCorrupt
 from .events import EventBatch, read_events
 from .stats import PoolStats
 
-__all__ = ["Inspector", "PoolInfo", "inspect", "list_pools", "unlink"]
+__all__ = ["Inspector", "PoolInfo", "inspect", "list_pools", "pool_names", "unlink"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def inspect(name: str) -> Inspector:
 
 def list_pools() -> list[PoolInfo]:
     """Every segment of this user that bears a pool's name, sorted; the damaged ones too, each with its `error`."""
-    return [info for name in sorted(_names()) if (info := _info(name)) is not None]
+    return [info for name in sorted(pool_names()) if (info := _info(name)) is not None]
 
 
 def unlink(name: str, force: bool = False) -> None:
@@ -147,7 +147,8 @@ class _CannotRemove(PoolError):
         return f"{self.path} cannot be removed: {self.reason}"
 
 
-def _names() -> Iterator[str]:
+def pool_names() -> Iterator[str]:
+    """The names of this user's segments, damaged ones too, in no order; any of them may be gone a moment later."""
     for entry in Path(slab.DIRECTORY).glob(f"{slab.prefix()}*"):
         name = entry.name.removeprefix(slab.prefix())
         if not name_problem(name):  # else it is a segment that is just being made

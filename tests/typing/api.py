@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prometheus_client import REGISTRY
+
 import shmpool
 from shmpool import (
     ClosedConnection,
@@ -19,6 +21,7 @@ from shmpool import (
     PoolStats,
     Protocol,
     errors,
+    exporter,
     steering,
 )
 
@@ -159,6 +162,12 @@ def watch() -> None:
     for found in shmpool.list_pools():
         print(found)
     print(shmpool.inspect("redis"))
+
+
+def export(pool: Pool) -> None:
+    REGISTRY.register(exporter.collector())
+    REGISTRY.register(exporter.collector(pool, shmpool.inspect("redis")))
+    assert_type(exporter.exposition(), str)
 
 
 def figures(stats: PoolStats) -> None:
