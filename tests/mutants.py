@@ -173,8 +173,8 @@ MUTANTS = [
     Mutant(
         "who takes an index does not sweep what is left there",
         "pool.c",
-        "    recovery_sweep(pool, pool->worker);",
-        "    (void)recovery_sweep;",
+        "uint32_t freed = recovery_sweep(pool, pool->worker);",
+        "uint32_t freed = 0;",
         *_walk("newcomer"),
     ),
     Mutant(
@@ -422,8 +422,8 @@ MUTANTS = [
     Mutant(
         "a probe that said nothing keeps the right to probe",
         "upstream.c",
-        "    SHM_CAS_SEQ(upstream, slab->header->upstream, &word, next);\n}\n\nvoid upstream_suspect",
-        "    (void)next, (void)word;\n}\n\nvoid upstream_suspect",
+        "    SHM_CAS_SEQ(upstream, slab->header->upstream, &word, next);\n}\n\nvoid upstream_doubt",
+        "    (void)next, (void)word;\n}\n\nvoid upstream_doubt",
         "test_upstream",
     ),
     Mutant(
@@ -806,8 +806,8 @@ MUTANTS = [
     Mutant(
         "who finds no slot does not look again",
         "service.c",
-        "    return pool_take_empty(pool, claim); /*",
-        "    return false; /*",
+        "taken = pool_take_empty(pool, claim); /*",
+        "taken = false; /*",
         "test_service",
     ),
     Mutant(
@@ -1000,5 +1000,41 @@ MUTANTS = [
         "return event->kind < EVENT_KINDS ? EVENT_WHOLE : EVENT_LOST;",
         "return EVENT_WHOLE;",
         "test_events",
+    ),
+    # what an attacker has found
+    Mutant(
+        "a dial that was cut short leaves no doubt",
+        "upstream.c",
+        "    while (!upstream_is_down(word) && !upstream_wants_verdict(word))",
+        "    while (0)",
+        "test_upstream",
+    ),
+    Mutant(
+        "a probe may be cut short",
+        "upstream.h",
+        "return upstream_state(seen) == UPSTREAM_PROBING || ",
+        "return ",
+        "test_upstream",
+    ),
+    Mutant(
+        "empty slots beyond the cap are taken for permits",
+        "pool.c",
+        "*saw |= slot < cap ? SAW_EMPTY : 0;",
+        "*saw |= cap ? SAW_EMPTY : 0;",
+        "test_pool",
+    ),
+    Mutant(
+        "a slot is empty although its connection could not be ended",
+        "pool.c",
+        "    if (SHM_UNLIKELY(SHM_LOAD(private, pool->entries[claim->slot].unended))) {",
+        "    if (SHM_LOAD(private, pool->entries[claim->slot].unended) > SHM_MAX_SLOTS * 2) {",
+        "test_pool",
+    ),
+    Mutant(
+        "a returned connection seems to be leased since before",
+        "pool.h",
+        "    SHM_STORE(row, row->leased_ns, 0); /*",
+        "    (void)row; /*",
+        "test_pool",
     ),
 ]

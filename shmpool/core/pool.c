@@ -690,7 +690,7 @@ static int peek_for_end(struct pool *pool, uint32_t slot, uint64_t linger_ns)
     if (fd != MAILBOX_NO_ROOM)
         return fd;
     int spare = atomic_exchange(&pool->spare_fd, -1);
-    if (spare >= 0)
+    if (spare > 0)
         close(spare);
     fd = mailbox_peek(pool->mailboxes[slot], pool->slab.header->id, slot, connection, &letter);
     bool found = fd >= 0;

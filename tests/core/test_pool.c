@@ -1,6 +1,7 @@
 /* test_pool.c: the order of a get, the ends of leases and connections, closing, joining by a set that was sent. */
 #include <pthread.h>
 #include <sched.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 
@@ -205,6 +206,80 @@ static void letter_lost(void)
 }
 
 /* A private connection is used by its owner alone; another has its permit, by ending it. */
+/* The permits are those below the cap: empty slots beyond it are none. */
+static void kinds_after_a_resize(void)
+{
+    begin(3, 2);
+    steering_resize(&pool->slab, 2);
+    struct pool_claim first = dial(pool, 0, 0, NULL), second = dial(pool, 0, 0, NULL), claim;
+    back(pool, first);
+    CHECK_EQ(play_take(other, 1u << 3, NULL, &claim), TAKEN_EVICTED);
+    play_retire(other, &claim, SHM_T_closed_evicted);
+    CHECK_EQ(play_take(other, 1u << 3, NULL, &claim), TAKEN_DIAL);
+    pool_abandon(other, &claim);
+    back(pool, second);
+    steering_resize(&pool->slab, 3);
+    end();
+}
+
+/* From the end of a lease to the begin of the next nobody says since when it is out; and an offer has a time of its own. */
+static void times_of_leases(void)
+{
+    begin(1, 1);
+    struct pool_claim claim = dial(pool, 0, 0, NULL);
+    struct slot_shm *row = &pool->slab.slots[0];
+    struct waiter_place place = {0};
+    CHECK(atomic_load(&row->leased_ns) != 0);
+    CHECK(waiter_enter(&other->slab, &place, other->worker, PLAY_ANY, 1, 1)); /* for so long that it is handed over */
+    back(pool, claim);
+    CHECK_EQ(play_state(pool, 0), SLOT_OFFERED);
+    CHECK_EQ(atomic_load(&row->leased_ns), 0);
+    CHECK(atomic_load(&row->offered_ns) != 0);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_LEASED);
+    CHECK_EQ(atomic_load(&row->leased_ns), 0);
+    waiter_leave(&other->slab, &place);
+    back(other, claim);
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_LEASED);
+    CHECK_EQ(atomic_load(&row->leased_ns), 0);
+    back(pool, claim);
+    end();
+}
+
+/* Who has no descriptor left to fetch a connection with, not even the spare one, does not say that it has ended. */
+static void no_descriptor_to_end_with(void)
+{
+    begin(1, 1);
+    struct rlimit limit, none;
+    int peer;
+    struct pool_claim claim = dial(pool, 0, 0, &peer);
+    back(pool, claim);
+    claim.word = play_word(pool, 0);
+    CHECK(pool_condemn(other, &claim));
+    int spare = atomic_exchange(&other->spare_fd, -1); /* another thread has it */
+    if (spare > 0)
+        close(spare);
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    none = (struct rlimit){0, limit.rlim_max};
+    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
+    pool_end(other, &claim, NULL, 1, CONNECTION_LINGER_NS);
+    pool_empty(other, &claim, SHM_T_closed_evicted);
+    CHECK_EQ(play_state(pool, 0), SLOT_RETIRING);
+    CHECK(!at_end(peer));
+    pool_end_again(other); /* in vain */
+    CHECK_EQ(play_state(pool, 0), SLOT_RETIRING);
+    CHECK_EQ(play_total(pool, SHM_T_closed_evicted), 0);
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    pool_end_again(pool); /* it is not its to end */
+    CHECK_EQ(play_state(pool, 0), SLOT_RETIRING);
+    pool_end_again(other);
+    CHECK_EQ(play_state(pool, 0), SLOT_EMPTY);
+    CHECK(at_end(peer));
+    CHECK_EQ(play_total(pool, SHM_T_closed_evicted), 1);
+    CHECK_EQ(atomic_load(&other->unended), 0);
+    close(peer);
+    end();
+}
+
 static void private_connections(void)
 {
     begin(1, 1);
@@ -1215,6 +1290,9 @@ int main(void)
     sets_make_room();
     RUN(order_of_a_get);
     RUN(kinds);
+    RUN(kinds_after_a_resize);
+    RUN(times_of_leases);
+    RUN(no_descriptor_to_end_with);
     RUN(stale_releases);
     RUN(released_by_two_threads);
     RUN(shared_by_letter);
