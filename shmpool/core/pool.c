@@ -403,7 +403,7 @@ static bool offer_expired(struct pool *pool, uint32_t slot, uint64_t now)
 /* Look at every slot word; take the first that is idle and fits. *saw tells what else is there. */
 static bool steal(struct pool *pool, uint32_t mask, struct pool_claim *claim, unsigned *saw)
 {
-    uint32_t count = steering_bound(&pool->slab), cap = steering_cap(&pool->slab), slot = pool->worker * 7 % count;
+    uint32_t count = steering_bound(&pool->slab), slot = pool->worker * 7 % count;
     for (uint32_t i = 0; i < count; i++, slot = slot + 1 < count ? slot + 1 : 0) {
         uint64_t word = slot_load(&pool->slab.slots[slot]);
         switch (slot_state(word)) {
@@ -418,7 +418,7 @@ static bool steal(struct pool *pool, uint32_t mask, struct pool_claim *claim, un
             *saw |= SAW_OFFER | SAW_BUSY;
             break;
         case SLOT_EMPTY:
-            *saw |= slot < cap ? SAW_EMPTY : 0;
+            *saw |= SAW_EMPTY; /* beyond the cap it is no permit: steering_has_room() */
             break;
         case SLOT_DIALING:
             *saw |= SAW_DIAL | SAW_BUSY;
