@@ -297,7 +297,7 @@ class Pool(_core.PoolBase):
             config.when_down == "wait",
         )
         borrowed = self._maintenance.takers.noting(config.on_borrow) if config.leak_stacks else config.on_borrow
-        created = None if config.on_created is None else self._welcome
+        created = None if config.on_created is None else _welcome_of(weakref.ref(self))
         hooks = borrowed, config.on_return, created, config.acceptor is not None
         return options, dials, config.get_timeout, self._whole_mask(), *hooks
 
@@ -1065,6 +1065,17 @@ class Pool(_core.PoolBase):
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _welcome_of(pool: weakref.ref[Pool]) -> Callable[[_core.PooledConnection], object]:
+    """on_created as the core calls it. It does not keep the pool: one that is dropped ends at once."""
+
+    def welcome(conn: _core.PooledConnection) -> object:
+        mine = pool()
+        assert mine is not None, "the core calls this in a method of the pool"
+        return mine._welcome(conn)
+
+    return welcome
 
 
 def _as_int(version: IPVersion | int | None) -> int:

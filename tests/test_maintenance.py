@@ -1131,6 +1131,19 @@ def test_after_the_hook_the_socket_is_as_always(server: ExclusiveServer) -> None
             assert conn.socket.gettimeout() == 7.0
 
 
+def test_a_pool_with_a_hook_ends_when_it_is_dropped(server: ExclusiveServer) -> None:
+    """Without the garbage collector's help."""
+    before = len(descriptors())
+    gc.disable()
+    try:
+        pool = Pool(server.url, on_created=lambda conn: ask(conn.socket, "PING"), maintenance_interval=math.inf)
+        pool.get().release()
+        del pool
+        assert len(descriptors()) == before
+    finally:
+        gc.enable()
+
+
 def test_a_hook_that_hangs_does_not_keep_close_waiting(deaf: str) -> None:
     pool = Pool(deaf, min_connections=1, on_created=silent_hook, connection_timeout=30, maintenance_interval=0.05)
     until(lambda: pool.stats().connections["dialing"] == 1, "maintenance dials")
