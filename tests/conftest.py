@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.processes import Family, until
 from tests.servers import ExclusiveServer
 
 SEGMENTS = Path("/dev/shm")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background, where Ctrl-C is not heard
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 LONG_FILES = ("test_servers_", "test_serving", "test_life", "test_outage", "test_day")
 
 

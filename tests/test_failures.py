@@ -311,7 +311,7 @@ def test_retries_end_with_the_time(make: Callable[..., Pool], server: ExclusiveS
     assert first <= 0.1
     assert set(probes) == {7}, "a probe says whether the server is there, however little time its caller has"
     assert pool.stats().timeouts == 1
-    assert states(pool) == {"empty": 1}
+    until(lambda: states(pool) == {"empty": 1}, "a probe in a thread of its own has ended")
 
 
 def test_a_dial_has_the_connection_timeout(make: Callable[..., Pool], server: ExclusiveServer) -> None:
