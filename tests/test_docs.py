@@ -23,6 +23,7 @@ from tests.processes import Family
 
 ROOT = Path(__file__).parent.parent
 PRODUCTION = ROOT / "docs" / "guide" / "production.md"
+OBSERVING = ROOT / "docs" / "guide" / "observing.md"
 README = ROOT / "README.md"
 
 
@@ -58,7 +59,7 @@ def programs(path: Path) -> Iterator[Program]:
                 yield Program(f"{path.name}: {heading} {number}", block)
 
 
-PROGRAMS = [*programs(PRODUCTION), *programs(README)]
+PROGRAMS = [*programs(PRODUCTION), *programs(OBSERVING), *programs(README)]
 # What some of them print, at the least.
 PRINTED = {
     'when_down="fail"': r"b'\+PONG\\r\\n'",
@@ -71,6 +72,7 @@ PRINTED = {
     "from_toml": "'when_down': 'wait'",
     "math.inf": "^2$",
     "os.fork()": r"b'\+PONG",
+    "batch.events": r"'joined'.*'opened'.*'discarded'.*'closed'.*\] 0$",
 }
 
 

@@ -283,7 +283,10 @@ def test_without_a_master(tmp_path: Path) -> None:
             return len(maintained) == workers and all(maintained.values())
 
         with load_on(server, chance()) as load:
-            until(all_are_maintained, "every worker has maintenance")
+            try:
+                until(all_are_maintained, "every worker has maintenance")
+            except AssertionError as error:
+                raise AssertionError(f"{error}: {maintained}") from error
             for pid in server.wait_for_children(workers - 1):
                 load.wait(10)
                 server.kill(pid)

@@ -1416,14 +1416,14 @@ static bool take_part(PoolObject *self, struct request *request)
 {
     struct pool *pool = &self->pool;
     if (SHM_LIKELY(self->made && !self->finished && !forked_since(self, request->generation) && self->generation == pool->generation))
-        return SHM_LIKELY(!self->remind) || remind(self);
+        return true;
     Py_CLEAR(request->outcome);
     request->place.queued = request->place.dialling = false; /* after a fork the place is the parent's; after finish() it is gone */
     if (!self->made || self->finished || !pool_is_open(pool)) {
         finish(self);
         return raise_error(self, "closed", request->mask, 0, 0) != NULL;
     }
-    if (!ensure_joined(self))
+    if ((SHM_UNLIKELY(self->remind) && !remind(self)) || !ensure_joined(self))
         return false;
     request->generation = pool->generation;
     bool down = upstream_is_down(SHM_LOAD_SEQ(upstream, pool->slab.header->upstream));
