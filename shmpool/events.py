@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+from .dialing import unpack_failure
+
 __all__ = ["KINDS", "Event", "EventBatch", "EventKind", "read_events"]
 
 EventKind = Literal[
@@ -39,6 +41,7 @@ KINDS: tuple[EventKind, ...] = get_args(EventKind)  # in the order of SHM_EVENT_
 
 _IN_SECONDS = frozenset({"opened", "closed", "up", "overdue"})
 _COUNTED = frozenset({"died", "resized", "evicted"})
+_OF_FAILURES = frozenset({"dial_failed", "down"})
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def _event(
         reason=reason,
         seconds=value / 1e9 if kind in _IN_SECONDS and value else None,
         count=value if kind in _COUNTED else None,
-        text=text,
+        text=unpack_failure(text)[0] if kind in _OF_FAILURES else text,
     )
 
 

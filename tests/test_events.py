@@ -109,7 +109,9 @@ def test_the_server_goes_and_comes_back(server: ExclusiveServer) -> None:
         until(lambda: use(pool), "it is back")
         found = [event for event in pool.events().events if event.kind in ("down", "dial_failed", "up")]
         assert [event.kind for event in found[:2]] == ["down", "dial_failed"]
-        assert "refused" in found[0].text
+        assert found[0].text == "127.0.0.1: Connection refused"
+        assert found[0].describe() == "the server is down: 127.0.0.1: Connection refused"
+        assert found[1].describe() == "a dial failed: 127.0.0.1: Connection refused"
         assert found[-1].kind == "up"
         assert found[-1].seconds is not None
         assert found[-1].seconds > 0
