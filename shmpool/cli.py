@@ -293,12 +293,9 @@ def _events_wanted(text: str) -> int:
     return value
 
 
-_events_wanted.__name__ = "number"
-_seconds.__name__, _count.__name__, _port.__name__ = (
-    "number of seconds",
-    "number",
-    "number",
-)  # as argparse calls what cannot be converted
+# As argparse calls what cannot be converted.
+_seconds.__name__ = "number of seconds"
+_count.__name__ = _port.__name__ = _events_wanted.__name__ = "number"
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -377,8 +374,8 @@ def _following(inspector: Inspector, after: int) -> Iterator[EventBatch]:
 
 
 def _print_events(events: Iterable[Event], lost: int, options: argparse.Namespace) -> None:
-    if lost and not options.json:
-        print(f"({lost} events were lost: overwritten, or their process died while it wrote)")
+    if lost:
+        print(f"({lost} events were lost: overwritten, or their process died while it wrote)", file=sys.stderr)
     for event in events:
         print(json.dumps(event.to_dict()) if options.json else _printable(_event_line(event)), flush=options.follow)
 

@@ -736,9 +736,7 @@ class Pool(_core.PoolBase):
     def _ended(self, rows: list[tuple[int, int, int, bytes, str, float, int]]) -> None:
         """Connections that this process has ended: (id, slot, bucket, peer, reason, age, uses)."""
         hook = self._config.on_close
-        interrupt: BaseException | None = (
-            None  # of a signal handler, while the hook ran; the others are told all the same
-        )
+        interrupt: BaseException | None = None  # of a signal handler in the hook; the other ends are told all the same
         for connection, slot, bucket, address, reason, age, uses in rows:
             level = _LEVELS.get(reason, logging.DEBUG)
             text = "pool %r: connection %d ended (%s) after %.3f s and %d leases"

@@ -1026,7 +1026,7 @@ MUTANTS = [
     Mutant(
         "a slot is empty although its connection could not be ended",
         "pool.c",
-        "    if (SHM_UNLIKELY(SHM_LOAD(private, pool->entries[claim->slot].unended))) {",
+        "    if (SHM_UNLIKELY(SHM_LOAD(private, pool->entries[claim->slot].unended) == UNENDED_JUST_NOW)) {",
         "    if (!pool) {",
         "test_pool",
     ),

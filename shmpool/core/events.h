@@ -7,8 +7,8 @@
  * A turn only grows, so a writer that was stopped for a whole round finds its cell taken and drops its event. And a cell proves itself: `sum` is
  * over the ticket and all words. A writer that dies in the middle, one that goes on in a cell that was taken from it, a reader that comes in the
  * middle: in each case the sum does not fit, and the event counts as lost. So no order between the words is needed, and nobody waits.
- * ORDER(event): relaxed for the ticket, acquire and release for the turn, so that a reader that sees a whole turn almost always sees the words; when
- * not, the sum says so. ORDER(event_word): relaxed, see above.
+ * ORDER(event): relaxed for the ticket; acquire to read the turn, seq_cst to change it, so that a reader that sees a whole turn sees the words, but for
+ * those of a writer that goes on in a cell that is not its own any more; the sum tells. Weaker would lose events, not mix them. ORDER(event_word): relaxed, see above.
  *
  * Invariant: what event_read() returns was noted as it stands, by one call of event_note().
  * Source: the sequence lock (as in Boehm, "Can seqlocks get along with programming language memory models?", 2012), with a sum in place of the

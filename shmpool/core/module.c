@@ -759,7 +759,7 @@ static bool created_is_welcome(PoolObject *self, struct pool_claim *claim)
         if (!forked_since(self, generation)) {
             struct slot_shm *row = &self->pool.slab.slots[claim->slot];
             SHM_STORE(row, row->leased_ns, clock_coarse()); /* from now on it may be out for as long as any */
-            SHM_AND_SEQ(row, row->kind, ~(uint32_t)SHM_KIND_SHOWN);
+            SHM_AND_SEQ(shown, row->kind, ~(uint32_t)SHM_KIND_SHOWN);
         }
         shown->active = false;
         lease_end(shown);
@@ -1287,7 +1287,7 @@ static void wait_or_refuse(PoolObject *self, struct request *request, uint64_t l
         raise_error(self, "closed", request->mask, 0, 0);
         return;
     }
-    raise_error(self, "damaged", request->mask, 0, 0);
+    Py_UNREACHABLE();
 }
 
 /* One look of a pool that listens: the next client that is new or has spoken; waits for one slice. As look(). */

@@ -776,7 +776,7 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
 {
     assert(slot_state(claim->word) == SLOT_RETIRING);
     struct slot_shm *row = &pool->slab.slots[claim->slot];
-    if (SHM_UNLIKELY(SHM_LOAD(private, pool->entries[claim->slot].unended))) {
+    if (SHM_UNLIKELY(SHM_LOAD(private, pool->entries[claim->slot].unended) == UNENDED_JUST_NOW)) {
         SHM_STORE(private, pool->entries[claim->slot].unended, 1 + reason);
         SHM_ADD(private, pool->unended, 1);
         return;

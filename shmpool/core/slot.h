@@ -93,10 +93,12 @@ const char *slot_state_name(enum slot_state state);
 
 static inline uint64_t slot_load(struct slot_shm *slot) { return SHM_LOAD_SEQ(slot, slot->word); }
 
-/* Its state as people and statistics have it: a connection that on_created looks at is still being opened. */
+/* Its state as people and statistics have it: a connection that on_created looks at is still being opened.
+ * ORDER(shown): acquire. Pairs with the seq_cst that clears the flag when on_created has returned, after the begin of the lease was set (module.c): who
+ * finds the flag gone finds that time. Weaker: the hook's time counts for leak_timeout, and a lease is revoked as it begins. */
 static inline enum slot_state slot_shown_state(struct slot_shm *slot, uint64_t word)
 {
-    bool is_shown = slot_state(word) == SLOT_LEASED && SHM_LOAD_ACQUIRE(row, slot->kind) & SHM_KIND_SHOWN;
+    bool is_shown = slot_state(word) == SLOT_LEASED && SHM_LOAD_ACQUIRE(shown, slot->kind) & SHM_KIND_SHOWN;
     return is_shown ? SLOT_DIALING : slot_state(word);
 }
 
