@@ -590,7 +590,7 @@ def _every() -> list[Maintenance]:
 
 
 def _join(runs: list[tuple[Maintenance, _Run]], deadline: float) -> None:
-    """Wait until all threads have ended: for a moment as they are, then their work is interrupted."""
+    """Wait until all threads have ended and gone: for a moment as they are, then their work is interrupted."""
     grace = min(time.monotonic() + _GRACE_S, deadline)
     for _, run in runs:
         run.thread.join(max(0.0, grace - time.monotonic()))
@@ -599,6 +599,9 @@ def _join(runs: list[tuple[Maintenance, _Run]], deadline: float) -> None:
             maintenance._interrupt(run)
     for _, run in runs:
         run.thread.join(max(0.0, deadline - time.monotonic()))
+        for thread in (run.thread, run.check_thread):
+            if thread is not None and not thread.is_alive():
+                _wait_gone(thread.native_id, deadline)
 
 
 def _wait_gone(native_id: int | None, deadline: float) -> None:
@@ -616,10 +619,6 @@ def _before_fork() -> None:
         if (run := maintenance._suspend(max(0.0, deadline - time.monotonic()))) is not None
     ]
     _join(runs, deadline)
-    for _, run in runs:
-        for thread in (run.thread, run.check_thread):
-            if thread is not None and not thread.is_alive():
-                _wait_gone(thread.native_id, deadline)
 
 
 def _after_fork_in_parent() -> None:
