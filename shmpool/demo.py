@@ -36,7 +36,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from .cli import (
+from .errors import PoolError, PoolExhausted
+from .pool import Pool
+from .stats import PoolStats
+from .views import (
     View,
     can_draw,
     connections_view,
@@ -47,9 +50,6 @@ from .cli import (
     time_text,
     workers_view,
 )
-from .errors import PoolError, PoolExhausted
-from .pool import Pool
-from .stats import PoolStats
 
 if TYPE_CHECKING:
     import redis

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 import shmpool
 from shmpool import Pool, cli, slab, steering
-from shmpool.cli import View, count_text, fit, main, plain_lines, size_text, time_text
+from shmpool.cli import main
 from shmpool.inspector import PoolInfo, list_pools
+from shmpool.views import View, count_text, fit, plain_lines, size_text, time_text
 from tests.members import Members, WakesAtTheSecondLook, members_of, some_name
 from tests.processes import Family, until
 from tests.servers import ExclusiveServer
