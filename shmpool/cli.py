@@ -6,8 +6,8 @@ lines, or, for `top` on a terminal, as a live picture. One that changes a pool c
 `steering`, and says in one line what has happened and what that means. Results go to standard output and errors to
 standard error; the exit status is 0, or 1 when the command could not be done, or 2 when it was not understood.
 
-Not here: how the figures look (`views`), what they mean (`stats`), what is safe to open or to remove (`inspector`), what
-a change does (`steering`), the metrics for Prometheus (`exporter`), the demonstration (`demo`).
+Not here: how the figures look (`views`), what they mean (`stats`), what is safe to open or to remove (`inspector`),
+what a change does (`steering`), the metrics for Prometheus (`exporter`), the demonstration (`demo`).
 """
 
 from __future__ import annotations
