@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Debian packages that only checks need; a machine that has none of them still builds, tests and benches.
-DEBIAN_PACKAGES := redis-server
+# Debian packages that only checks need, and the programs that are looked for; a machine that has none of them still
+# builds, tests and benches.
+DEBIAN_PACKAGES := chromium chromium-driver prometheus redis-server
+TOOLS := chromium chromedriver prometheus redis-server
 
 # The tests, the benches and the demo run on this tree, with the extension built in place. The extension is a target
 # of its own, named for the Python it is for, so it is never staler than its sources and never another Python's.
@@ -29,7 +31,8 @@ demo: $(HAS)demo $(EXTENSION) ## show the pool at work, against a Redis of its o
 test: $(HAS)test $(EXTENSION) ## run all tests but the long recipes and the sanitizer builds
 	$(BIN)/python -m pytest -q -n auto -m 'not sanitize and not servers'
 
-check: lint types build test servers sanitize bench-smoke ## all of CI
+check: export SHMPOOL_TOOLS := required
+check: tools lint types build test servers sanitize bench-smoke ## all of CI
 
 servers: $(HAS)test $(EXTENSION) ## recipes for real servers, long scenarios, mutants of the core
 	$(BIN)/python -m pytest -q -n auto -m servers
@@ -51,9 +54,11 @@ build: $(HAS)dev ## make sdist and wheel in dist/, and see that the wheel can be
 
 extension: $(EXTENSION) ## build the extension in place
 
-tools: ## install the Debian packages that only checks need
+tools: ## install the Debian packages that only checks need, if one is missing
+	@for tool in $(TOOLS); do command -v $$tool > /dev/null || missing="$$missing $$tool"; done; \
+	[ -z "$$missing" ] || { echo "missing:$$missing"; \
 	if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
-	$$sudo apt-get update -q && $$sudo apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES)
+	$$sudo apt-get update -q && $$sudo apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES); }
 
 lint: $(HAS)dev ## ruff, and the C compiler's warnings as errors
 	$(BIN)/ruff check .
