@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 from .config import PoolConfig
 from .dialing import unpack_failure
 
-__all__ = ["ConnectionStats", "Latency", "PoolStats", "WorkerStats"]
+__all__ = ["ConnectionCounts", "ConnectionStats", "Latency", "PoolStats", "WaiterStats", "WorkerStats"]
 
 # Counters that say where a lease came from, and why a call got none: those of workers, but for the last, because who
 # calls after it has given its part back is no worker.
@@ -46,8 +46,13 @@ HELD = frozenset({"leased", "dialing", "checking", "retiring", "offered"})
 _DESCRIBED = HELD - {"dialing"} | {"idle"}
 
 _BUCKETS: tuple[tuple[str, int | None], ...] = (("tcp", 4), ("tcp", 6), ("udp", 4), ("udp", 6), ("unix", None))
+KINDS = ("tcp4", "tcp6", "udp4", "udp6", "unix")  # the same, as names
 _FLAGS = ("private", "unmailed", "ending")
 _CLOSED = "closed_"
+# The reason of an end that has not been counted yet, or never is, because its process died before it could.
+UNCOUNTED = "uncounted"
+# Why a connection was at fault, or the way to it.
+_ERRORS = ("broken", "dirty", "error", "letter", "unhealthy", "refused")
 _DOWN = frozenset({"down", "probing"})
 # The settings that say how many connections are kept open.
 _SIZES = ("listening", "max_connections", "min_connections", "max_idle_connections")
@@ -71,6 +76,8 @@ class _Record:
 def _plain(value: object) -> object:
     if isinstance(value, _Record):
         return value.to_dict()
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
@@ -79,6 +86,7 @@ class Latency(_Record):
     """A distribution of times in seconds. Each figure is the middle of its bucket: at most 1.6 % off."""
 
     count: int = 0
+    total: float = 0.0  # all of them together
     mean: float = 0.0
     p50: float = 0.0
     p95: float = 0.0
@@ -93,9 +101,9 @@ class Latency(_Record):
         count = sum(row[2] for row in rows)
         if not count:
             return cls()
-        mean = sum(_middle(row) * row[2] for row in rows) / count
+        total = sum(_middle(row) * row[2] for row in rows)
         p50, p95, p99, p999 = (_percentile(rows, count, share) for share in (0.5, 0.95, 0.99, 0.999))
-        return cls(count, mean, p50, p95, p99, p999, _middle(rows[-1]))
+        return cls(count, total, total / count, p50, p95, p99, p999, _middle(rows[-1]))
 
 
 def _middle(row: tuple[int, int, int]) -> float:
@@ -151,11 +159,43 @@ class WorkerStats(_Record):
 
 
 @dataclass(frozen=True)
+class ConnectionCounts(_Record):
+    """Connections of one kind, or of several: created - closed = current, in every snapshot.
+
+    Of `current`, `idle` are those that anyone may lease and `active` those leased, or on their way to a waiter; the
+    others are being checked, shown to `on_created`, or closed. In a difference `created` and `closed` are of the
+    interval.
+    """
+
+    created: int = 0
+    closed: int = 0
+    current: int = 0
+    idle: int = 0
+    active: int = 0
+
+    def __add__(self, other: ConnectionCounts) -> ConnectionCounts:
+        return ConnectionCounts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+
+@dataclass(frozen=True)
+class WaiterStats(_Record):
+    """A call that waits in the queue: of which process and thread (as the kernel numbers it), for how many seconds.
+
+    `wants` are the kinds that would do.
+    """
+
+    pid: int | None
+    thread: int
+    waited: float
+    wants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ConnectionStats(_Record):
     """A slot that is not empty. Times in seconds; None where the state has none.
 
     `holder` is the pid that has it in its hands, `cached_by` the pid in whose local cache it lies idle. `since` is how
-    long it has been leased, or unused. `flags`: "private" (only one process can use it), "unmailed" (its descriptor
+    long it has been leased, or unused; `checked` how long ago it was opened, or checked in the background. `flags`: "private" (only one process can use it), "unmailed" (its descriptor
     could not be deposited), "ending" (evict() or resize() will end it when it is returned).
     """
 
@@ -171,6 +211,7 @@ class ConnectionStats(_Record):
     since: float | None
     uses: int
     flags: tuple[str, ...]
+    checked: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +269,9 @@ class PoolStats(_Record):
 
     # what happened to connections
     created: int = 0
-    closed: dict[str, int]  # by reason
+    closed: dict[str, int]  # by reason; "uncounted": ended this moment, or by a process that died before it said why
+    kinds: dict[str, ConnectionCounts]  # "tcp4", "tcp6", "udp4", "udp6", "unix"
+    lifetime_ns: int = 0  # that ended connections were open, all together
     dial_attempts: int = 0
     dial_failures: int = 0
     upstream_failures: int = 0  # dials that failed because of the server
@@ -252,13 +295,18 @@ class PoolStats(_Record):
 
     workers: tuple[WorkerStats, ...]
     slots: tuple[ConnectionStats, ...]  # those that are not empty
+    waiters: tuple[WaiterStats, ...]  # who has waited longest is the first
 
     _snapshot: Mapping[str, Any] = field(repr=False, compare=False)
 
     _computed: ClassVar[tuple[str, ...]] = (
         "open",
+        "current",
         "in_use",
         "idle",
+        "reuses",
+        "lifetime_average",
+        "connection_errors",
         "gets",
         "successes",
         "hit_rate",
@@ -280,6 +328,7 @@ class PoolStats(_Record):
         states["empty"] = max(0, snapshot["max_connections"] - used)  # more are used while resize() ends some
         known = {each.name for each in fields(cls)}
         upstream, (created, failed, done) = snapshot["upstream"], snapshot["prewarm"]
+        kinds = _kinds(snapshot)
         down = upstream["state"] in _DOWN
         return cls(
             name=snapshot["name"],
@@ -302,13 +351,15 @@ class PoolStats(_Record):
             prewarm_created=created,
             prewarm_failed=failed,
             prewarm_done=bool(done),
-            closed={name.removeprefix(_CLOSED): n for name, n in counters.items() if name.startswith(_CLOSED)},
+            closed=_closed(counters, sum(each.closed for each in kinds.values())),
+            kinds=kinds,
             get_latency=Latency.from_histogram(_merged(worker["get_hist"] for worker in workers)),
             wait_latency=Latency.from_histogram(snapshot["wait_hist"]),
             use_latency=Latency.from_histogram(_merged(worker["use_hist"] for worker in workers)),
             dial_latency=Latency.from_histogram(snapshot["dial_hist"]),
             workers=_worker_stats(snapshot, workers, slots, waiters),
             slots=_connection_stats(snapshot, slots, workers),
+            waiters=_waiter_stats(snapshot, waiters, workers),
             _snapshot=snapshot,
             **{name: counters[name] for name in counters if name in known},
         )
@@ -328,6 +379,20 @@ class PoolStats(_Record):
     def open(self) -> int:
         """The connections there are, or are being opened or closed."""
         return sum(self.connections.values()) - self.connections.get("empty", 0)
+
+    @property
+    def current(self) -> int:
+        """The connections there are: created less closed, in every snapshot."""
+        return self.counts().current
+
+    def counts(self, protocol: str | None = None, ip_version: int | None = None) -> ConnectionCounts:
+        """Created, closed, current, idle and active connections of a protocol, an IP version, both, or all."""
+        wanted = [
+            counts
+            for (its_protocol, its_version), counts in zip(_BUCKETS, self.kinds.values(), strict=True)
+            if protocol in (None, its_protocol) and ip_version in (None, its_version)
+        ]
+        return sum(wanted, ConnectionCounts())
 
     @property
     def in_use(self) -> int:
@@ -358,6 +423,21 @@ class PoolStats(_Record):
     def utilisation(self) -> float:
         """The share of `max_connections` in use."""
         return _ratio(self.in_use, self.max_connections)
+
+    @property
+    def reuses(self) -> int:
+        """Leases of a connection that was there already."""
+        return self.successes - self.dials
+
+    @property
+    def lifetime_average(self) -> float:
+        """Seconds that connections which have ended were open, on average."""
+        return _ratio(self.lifetime_ns / 1e9, sum(self.closed.values()))
+
+    @property
+    def connection_errors(self) -> int:
+        """Dials that failed, and connections that ended because something was wrong with them or with their use."""
+        return self.dial_failures + _sum(self.closed, _ERRORS)
 
     @property
     def reuse_average(self) -> float:
@@ -438,9 +518,42 @@ def _connection_stats(
                 since=_elapsed(snapshot, changed_ns) if described else None,
                 uses=slot["uses"] if described else 0,
                 flags=tuple(name for bit, name in enumerate(_FLAGS) if slot["flags"] >> bit & 1) if described else (),
+                checked=_elapsed(snapshot, slot["checked_ns"]) if described else None,
             )
         )
     return tuple(found)
+
+
+def _waiter_stats(
+    snapshot: Mapping[str, Any], waiters: list[dict[str, Any]], workers: list[dict[str, Any]]
+) -> tuple[WaiterStats, ...]:
+    pids = {worker["index"]: worker["pid"] for worker in workers}
+    found = (
+        WaiterStats(
+            pid=pids.get(waiter["worker"]),
+            thread=waiter["tid"],
+            waited=_elapsed(snapshot, waiter["since_ns"]),
+            wants=tuple(kind for bit, kind in enumerate(KINDS) if waiter["mask"] >> bit & 1),
+        )
+        for waiter in waiters
+    )
+    return tuple(sorted(found, key=lambda each: -each.waited))
+
+
+def _kinds(snapshot: Mapping[str, Any]) -> dict[str, ConnectionCounts]:
+    """By name; in a difference `created` is that of the interval, and `ended` stands beside it."""
+    rows = snapshot["kinds"]
+    closed = snapshot.get("kinds_closed") or [created - there for created, there, _, _ in rows]
+    return {
+        kind: ConnectionCounts(created, ended, there, idle, active)
+        for kind, (created, there, idle, active), ended in zip(KINDS, rows, closed, strict=True)
+    }
+
+
+def _closed(counters: Mapping[str, int], all_closed: int) -> dict[str, int]:
+    """How many ended, by reason; their sum is all that ended."""
+    reasons = {name.removeprefix(_CLOSED): n for name, n in counters.items() if name.startswith(_CLOSED)}
+    return {**reasons, UNCOUNTED: all_closed - sum(reasons.values())}
 
 
 def _peer_text(protocol: str, ip_version: int | None, peer: bytes, unix_path: str) -> str:
@@ -522,6 +635,10 @@ def _difference(later: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[st
         **later,
         "interval": (later["now"] - earlier["now"]) / 1e9,
         "totals": _less(later["totals"], earlier["totals"]),
+        "kinds": [(new[0] - old[0], *new[1:]) for new, old in zip(later["kinds"], earlier["kinds"], strict=True)],
+        "kinds_closed": [
+            (new[0] - new[1]) - (old[0] - old[1]) for new, old in zip(later["kinds"], earlier["kinds"], strict=True)
+        ],
         "upstream": {**later["upstream"], "failures": later["upstream"]["failures"] - earlier["upstream"]["failures"]},
         "workers": workers,
         "wait_hist": _histogram_less(later["wait_hist"], earlier["wait_hist"]),

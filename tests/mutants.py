@@ -1031,6 +1031,57 @@ MUTANTS = [
         "test_pool",
     ),
     Mutant(
+        "an end is counted again by who goes on for its closer",
+        "account.c",
+        "if (sum != lives >> COUNT_SHIFT) /*",
+        "if (lives) /*",
+        "test_account",
+    ),
+    Mutant(
+        "an end is seen in the middle",
+        "account.c",
+        "    if (out->open < SHM_BUCKETS && sum != lives >> COUNT_SHIFT)",
+        "    if (out->open < SHM_BUCKETS)",
+        "test_account",
+    ),
+    Mutant(
+        "an account is read while it changes",
+        "account.c",
+        "    return account_lives(row) == lives;",
+        "    return lives == lives;",
+        *_walk("account"),
+    ),
+    Mutant(
+        "the steps of an end are turned round",
+        "account.c",
+        "    if (sum != lives >> COUNT_SHIFT) /* else who began to end it has died since */\n"
+        "        SHM_CAS_SEQ(account, row->ended[bucket], &ended[bucket], ended[bucket] + 1);\n"
+        "    return SHM_CAS_SEQ(account, row->lives, &lives, lives & ~UINT64_C(1));",
+        "    bool ours = SHM_CAS_SEQ(account, row->lives, &lives, lives & ~UINT64_C(1));\n"
+        "    if (sum != lives >> COUNT_SHIFT)\n"
+        "        SHM_CAS_SEQ(account, row->ended[bucket], &ended[bucket], ended[bucket] + 1);\n"
+        "    return ours;",
+        *_walk("account"),
+    ),
+    Mutant(
+        "a connection is there before it is counted",
+        "pool.c",
+        "    account_begin(&pool->slab.accounts[claim->slot], birth->bucket);\n"
+        "    SHM_STORE(row, row->kind, birth->bucket | birth->flags); /* no dial any more */\n"
+        "    if (!slot_move(row, &claim->word, pool->worker, SLOT_LEASED))\n        return false;\n",
+        "    SHM_STORE(row, row->kind, birth->bucket | birth->flags); /* no dial any more */\n"
+        "    if (!slot_move(row, &claim->word, pool->worker, SLOT_LEASED))\n        return false;\n"
+        "    account_begin(&pool->slab.accounts[claim->slot], birth->bucket);\n",
+        *_walk("account"),
+    ),
+    Mutant(
+        "the reason of an end is counted before the end",
+        "pool.c",
+        "        account_end(account);\n        SHM_ADD_SEQ(account, pool->slab.totals->counters[reason], 1);",
+        "        SHM_ADD_SEQ(account, pool->slab.totals->counters[reason], 1);\n        account_end(account);",
+        "crash",
+    ),
+    Mutant(
         "a returned connection seems to be leased since before",
         "pool.h",
         "    SHM_STORE(row, row->leased_ns, 0); /*",

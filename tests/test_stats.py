@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,10 +19,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmpool import DialError, Pool, PoolClosed, PoolConfig
+import shmpool
+from shmpool import DialError, DialRequest, Pool, PoolClosed, PoolConfig
 from shmpool.hooks import CloseReason
-from shmpool.stats import FAILURES, HELD, SOURCES, STATES, Latency, PoolStats
-from tests.processes import until
+from shmpool.stats import FAILURES, HELD, KINDS, SOURCES, STATES, UNCOUNTED, ConnectionCounts, Latency, PoolStats
+from tests.processes import Family, until
 from tests.servers import ExclusiveServer
 
 CORE = Path(__file__).parent.parent / "shmpool" / "core"
@@ -40,6 +42,7 @@ SLOT_FIELDS = [
     "leased_ns",
     "uses",
     "flags",
+    "checked_ns",
 ]
 WORKER_FIELDS = ["index", "pid", "alive", "started_ns", "generation", "counters", "get_hist", "use_hist"]
 WAITER_FIELDS = ["index", "worker", "tid", "mask", "since_ns", "state"]
@@ -83,6 +86,7 @@ def slot(index: int, **changes: Any) -> dict[str, Any]:
         "leased_ns": NOW - SECOND,
         "uses": 3,
         "flags": 0,
+        "checked_ns": NOW - 4 * SECOND,
     }
     return {**made, **changes}
 
@@ -116,7 +120,8 @@ def snapshot(
         "size": 4096,
         "upstream": {"state": "up", "step": 0, "retry_ns": 0, "since_ns": 0, "failures": 0, "error": ""},
         "prewarm": (0, 0, 1),
-        "totals": {**dict.fromkeys(TOTAL_COUNTERS, 0), **(totals or {})},
+        "totals": {**dict.fromkeys(TOTAL_COUNTERS, 0), "created": 0, **(totals or {})},
+        "kinds": [(0, 0, 0, 0)] * 5,
         "slot_fields": tuple(SLOT_FIELDS),
         "slots": [tuple(row[name] for name in SLOT_FIELDS) for row in slots],
         "worker_fields": tuple(WORKER_FIELDS),
@@ -148,7 +153,9 @@ def test_each_figure_that_counts_is_a_counter_of_the_core() -> None:
     counters = {each.name for each in fields(PoolStats) if each.type == "int"}
     of_the_pool = {"pid", "max_connections", "resize_limit", "waiting", "upstream_failures"}
     of_the_pool |= {"prewarm_target", "prewarm_created", "prewarm_failed"}
-    assert counters - of_the_pool == {n for n in (*WORKER_COUNTERS, *TOTAL_COUNTERS) if not n.startswith("closed_")}
+    of_the_slots = {"created"}
+    of_the_core = {name for name in (*WORKER_COUNTERS, *TOTAL_COUNTERS) if not name.startswith("closed_")}
+    assert counters - of_the_pool - of_the_slots == of_the_core
 
 
 def test_states_are_those_of_the_core() -> None:
@@ -161,7 +168,14 @@ def test_states_are_those_of_the_core() -> None:
 
 def test_reasons_are_those_of_the_hook() -> None:
     reasons = {name.removeprefix("closed_") for name in TOTAL_COUNTERS if name.startswith("closed_")}
-    assert reasons == set(get_args(CloseReason)) == set(stats_of().closed)
+    assert reasons == set(get_args(CloseReason)) == set(stats_of().closed) - {UNCOUNTED}
+
+
+def test_kinds_are_those_of_the_core() -> None:
+    text = (CORE / "slab.h").read_text(encoding="utf-8")
+    found = re.search(r"enum bucket \{(.*?)\}", text)
+    assert found
+    assert tuple(re.findall(r"BUCKET_(\w+)", found.group(1).lower().replace("bucket_", "BUCKET_"))) == KINDS
 
 
 # Latency ------------------------------------------------------------------------------------------------------------
@@ -195,6 +209,7 @@ def test_counters_are_summed_over_living_and_departed_workers() -> None:
             worker(1, alive=False, counters={"hits": 2, "steals": 3, "dials": 1, "refused": 1}),
         ),
         totals={"created": 2, "closed_idle": 1, "closed_owner_died": 2, "recoveries": 1},
+        kinds=[(3, 0, 0, 0), *[(0, 0, 0, 0)] * 4],
     )
     assert (stats.hits, stats.steals, stats.dials, stats.timeouts) == (7, 3, 1, 1)
     assert (stats.successes, stats.gets) == (11, 13)
@@ -386,6 +401,48 @@ def test_to_dict_is_json_and_complete() -> None:
     assert not any(name.startswith("_") for name in plain)
 
 
+# Connections by kind ------------------------------------------------------------------------------------------------
+
+BY_KIND = [(10, 4, 2, 1), (5, 1, 0, 1), (3, 3, 3, 0), (0, 0, 0, 0), (7, 0, 0, 0)]
+
+
+def test_connections_by_kind() -> None:
+    stats = stats_of(kinds=BY_KIND, totals={"closed_idle": 12, "closed_broken": 3, "created": 25})
+    assert stats.kinds["tcp4"] == ConnectionCounts(created=10, closed=6, current=4, idle=2, active=1)
+    assert stats.counts() == ConnectionCounts(25, 17, 8, 5, 2)
+    assert stats.counts("tcp") == ConnectionCounts(15, 10, 5, 2, 2)
+    assert stats.counts("udp", 4) == stats.counts("udp") == ConnectionCounts(3, 0, 3, 3, 0)
+    assert stats.counts(ip_version=6) == stats.kinds["tcp6"]
+    assert stats.counts("unix").closed == 7
+    assert stats.counts("sctp") == ConnectionCounts()
+    assert (stats.current, sum(stats.closed.values()), stats.closed[UNCOUNTED]) == (8, 17, 2)
+
+
+def test_kinds_in_a_difference() -> None:
+    earlier = stats_of(kinds=BY_KIND, totals={"closed_idle": 16, "closed_broken": 0, "created": 25})
+    later = [(12, 3, 1, 1), *BY_KIND[1:]]
+    totals = {"closed_idle": 20, "closed_broken": 0, "created": 27}
+    change = stats_of(now=NOW + SECOND, kinds=later, totals=totals).diff(earlier)
+    assert change.kinds["tcp4"] == ConnectionCounts(created=2, closed=3, current=3, idle=1, active=1)
+    assert change.counts("tcp", 6) == ConnectionCounts(created=0, closed=0, current=1, idle=0, active=1)
+    assert (change.created, change.closed["idle"], change.closed[UNCOUNTED]) == (2, 4, -1)  # one is counted by now
+    assert sum(change.closed.values()) == change.counts().closed == 3
+
+
+def test_what_became_of_connections() -> None:
+    totals = {"lifetime_ns": 30 * SECOND, "closed_broken": 3, "closed_idle": 2, "dial_failures": 4, "created": 6}
+    workers = (worker(0, counters={"hits": 20, "dials": 5}),)
+    stats = stats_of(workers=workers, kinds=[(6, 1, 0, 0), *[(0, 0, 0, 0)] * 4], totals=totals)
+    assert (stats.lifetime_average, stats.connection_errors, stats.reuses) == (6.0, 7, 20)
+
+
+def test_who_waits() -> None:
+    waiters = (waiter(0, 0, 0.5), {**waiter(1, 1, 2.0), "mask": 0b00101, "tid": 77})
+    first, second = stats_of(workers=(worker(0), worker(1)), waiters=waiters).waiters
+    assert (first.pid, first.thread, first.waited, first.wants) == (101, 77, 2.0, ("tcp4", "udp4"))
+    assert (second.pid, second.waited, second.wants) == (100, 0.5, KINDS)
+
+
 # Differences --------------------------------------------------------------------------------------------------------
 
 
@@ -547,3 +604,81 @@ def test_calls_after_the_end_count(url: str) -> None:
             call()
     stats = pool.stats()
     assert (stats.gets, stats.successes, stats.refused + stats.late_refusals) == (3, 1, 2)
+
+
+# A consistent cut ---------------------------------------------------------------------------------------------------
+
+CUT_S = 3.0
+
+
+def assert_balanced(stats: PoolStats) -> None:
+    """What holds in every snapshot, at whatever moment it was taken."""
+    assert sum(stats.connections.values()) == max(stats.max_connections, stats.open)
+    assert stats.created == sum(stats.closed.values()) + stats.current
+    assert stats.counts() == sum(stats.kinds.values(), ConnectionCounts())
+    for counts in stats.kinds.values():
+        assert counts.created == counts.closed + counts.current
+        assert counts.idle + counts.active <= counts.current
+    settled = stats.open - stats.connections["dialing"] - stats.connections["retiring"]
+    assert settled <= stats.current <= stats.open, (stats.current, stats.connections)
+    assert (stats.counts().idle, stats.counts().active) == (stats.idle, stats.in_use)
+    assert stats.closed[UNCOUNTED] >= 0, stats.closed
+    assert stats.dial_attempts >= stats.created + stats.dial_failures
+    assert stats.gets == stats.successes + sum(getattr(stats, name) for name in FAILURES)
+    assert stats.successes == sum(each.successes for each in stats.workers)
+    assert stats.waiting == len(stats.waiters)
+
+
+def assert_nothing_is_taken_back(earlier: PoolStats, later: PoolStats) -> None:
+    for kind, counts in later.kinds.items():
+        assert counts.created >= earlier.kinds[kind].created
+        assert counts.closed >= earlier.kinds[kind].closed
+    for reason in earlier.closed.keys() - {UNCOUNTED}:
+        assert later.closed[reason] >= earlier.closed[reason]
+
+
+def test_every_snapshot_balances_under_load_and_deaths(server: ExclusiveServer, family: Family) -> None:
+    """Workers that lease, throw away, change kinds and are killed; snapshots all the while, from inside and outside.
+
+    Breaks when a connection is counted apart from the step that makes it one, or ends it.
+    """
+
+    def churn() -> None:
+        for turn in range(1_000_000):
+            with contextlib.suppress(DialError):
+                lease = pool.get(protocol="udp" if turn % 5 == 4 else "tcp")
+                if turn % 3:
+                    lease.release()
+                else:
+                    lease.discard()
+
+    def dial(request: DialRequest) -> socket.socket:
+        if request.protocol == "tcp":
+            return socket.create_connection(server.address)
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        made.connect(server.address)
+        return made
+
+    settings: dict[str, Any] = {"max_connections": 3, "min_connections": 0, "get_timeout": 30}
+    with Pool(dial=dial, **settings) as pool, shmpool.inspect(pool.name) as inspector:
+        workers = [family.fork(churn) for _ in range(3)]
+        end, kill_at, kills = time.monotonic() + CUT_S, 0.0, 0
+        last, taken = pool.stats(), 0
+        while time.monotonic() < end:
+            stats = (pool if taken % 2 else inspector).stats()
+            assert_balanced(stats)
+            assert_nothing_is_taken_back(last, stats)
+            last, taken = stats, taken + 1
+            if time.monotonic() > kill_at:
+                kill_at, kills = time.monotonic() + 0.1, kills + 1
+                workers.pop(0).kill()
+                workers.append(family.fork(churn))
+        for each in workers:
+            each.kill()
+        kills += len(workers)
+        pool.maintain()
+        assert_balanced(pool.stats())
+        assert taken > 100
+        assert pool.stats().created > 100
+        assert pool.stats().closed[UNCOUNTED] <= kills
+        assert 0 <= pool.stats().dial_attempts - pool.stats().created - pool.stats().dial_failures <= kills

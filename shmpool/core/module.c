@@ -1815,7 +1815,7 @@ static PyObject *core_layout(PyObject *module, PyObject *args)
         return NULL;
     if (!slab_layout(&layout, slots, workers, waiters))
         return PyErr_Format(PyExc_ValueError, "layout(%llu, %llu, %llu): a capacity is out of range", slots, workers, waiters);
-    return Py_BuildValue("KII", (unsigned long long)layout.total_size, (unsigned)sizeof(struct slot_shm),
+    return Py_BuildValue("KII", (unsigned long long)layout.total_size, (unsigned)(sizeof(struct slot_shm) + sizeof(struct account_shm)),
                          (unsigned)sizeof(struct worker_shm));
 }
 

@@ -1,9 +1,9 @@
 /* module_view.c: the slab as Python objects, for whoever looks: snapshots, and SlabView, a mapping of a slab: read-only, or writable for
  * who steers the pool without being a member of it.
  *
- * Reading writes nothing and takes no lock; what steering writes is in steering.h. A slot is read between two equal words, so that its fields belong to one moment; the
- * whole is not a cut: it is read in some tens of microseconds while the pool goes on. What is read is bounds-checked by
- * slab_open(); a state that does not exist is named "invalid".
+ * Reading writes nothing and takes no lock; what steering writes is in steering.h. A slot is read between two equal words, so that its fields belong to one moment, and
+ * together with its account (account.h), so that in each snapshot created - closed = open, for each kind. Other counters are as they are at some moment of the
+ * tens of microseconds that it takes, while the pool goes on. What is read is bounds-checked by slab_open(); a state that does not exist is named "invalid".
  *
  * ORDER(snapshot): acquire. The fields are loaded before the word is loaded again. Pairs with the CAS in slot_move(), after which
  * alone a holder writes them; weaker would take a row of two moments for one. Nobody but a reader of figures relies on it.
@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "account.h"
 #include "events.h"
 #include "pool.h"
 #include "service.h"
@@ -45,7 +46,7 @@ static PyObject *counter_dict(a64_shm *counters, const char *const *names, size_
 {
     PyObject *dict = PyDict_New();
     for (size_t i = 0; dict && i < count; i++) {
-        PyObject *value = PyLong_FromUnsignedLongLong(SHM_LOAD(count, counters[i]));
+        PyObject *value = PyLong_FromUnsignedLongLong(SHM_LOAD_ACQUIRE(account, counters[i]));
         if (!value || PyDict_SetItemString(dict, names[i], value))
             Py_CLEAR(dict);
         Py_XDECREF(value);
@@ -56,38 +57,91 @@ static PyObject *counter_dict(a64_shm *counters, const char *const *names, size_
 #define COUNTER_NAME(name, text) #name,
 static const char *const worker_counter_names[] = {SHM_WORKER_COUNTERS(COUNTER_NAME)};
 
-/* One slot; the row is read between two equal words, so that it belongs to one moment, or after a few tries as it is. */
-static PyObject *slot_tuple(struct slab *slab, uint32_t index)
+/* Of each kind of connection: how many there have been, are there, and of those are idle, and leased or offered. */
+struct kinds {
+    uint64_t created[SHM_BUCKETS];
+    uint32_t open[SHM_BUCKETS], idle[SHM_BUCKETS], active[SHM_BUCKETS];
+};
+
+/* One slot's row; `word`, its account and what that says of the word's state belong to one moment, and so do the fields, or, of a slot that never stands
+ * still, they are as they are after a few tries. */
+struct slot_seen {
+    uint64_t word, fields[7], peer[3];
+    uint32_t kind;
+    struct account account;
+};
+
+enum { TRIES_WHOLE = 4, TRIES_ACCOUNT = 64 };
+
+static void slot_see(struct slab *slab, uint32_t index, struct slot_seen *seen)
 {
     struct slot_shm *row = &slab->slots[index];
-    uint64_t word = 0, fields[6], peer[3];
-    uint32_t kind = 0;
-    for (int tries = 0; tries < 4; tries++) {
-        word = slot_load(row);
+    for (int tries = 0; tries < TRIES_ACCOUNT; tries++) {
+        uint64_t lives = account_lives(&slab->accounts[index]);
+        seen->word = slot_load(row);
         a64_shm *const from[] = {&row->connection, &row->created_ns, &row->last_used_ns, &row->leased_ns, &row->uses,
-                                 &row->created_realtime_ns};
-        for (int i = 0; i < 6; i++)
-            fields[i] = SHM_LOAD_ACQUIRE(snapshot, *from[i]);
+                                 &row->created_realtime_ns, &row->checked_ns};
+        for (int i = 0; i < 7; i++)
+            seen->fields[i] = SHM_LOAD_ACQUIRE(snapshot, *from[i]);
         for (int i = 0; i < 3; i++)
-            peer[i] = SHM_LOAD_ACQUIRE(snapshot, row->peer[i]);
-        kind = SHM_LOAD_ACQUIRE(snapshot, row->kind);
-        if (slot_load(row) == word)
-            break;
+            seen->peer[i] = SHM_LOAD_ACQUIRE(snapshot, row->peer[i]);
+        seen->kind = SHM_LOAD_ACQUIRE(snapshot, row->kind);
+        bool stood = slot_load(row) == seen->word;
+        if (account_read(&slab->accounts[index], lives, &seen->account) && (stood || tries >= TRIES_WHOLE))
+            return;
     }
-    enum slot_state state = slot_state(word) == SLOT_LEASED && kind & SHM_KIND_SHOWN ? SLOT_DIALING : slot_state(word);
-    return Py_BuildValue("IsiKIy#KKKKI", index, slot_state_name(state), (int)slot_owner(word) - 1,
-                         (unsigned long long)fields[0], kind_bucket(kind), (const char *)peer, (Py_ssize_t)sizeof peer,
-                         (unsigned long long)fields[1], (unsigned long long)fields[2], (unsigned long long)fields[3],
-                         (unsigned long long)fields[4],
-                         slot_state(word) == SLOT_DIALING ? 0 : kind >> 8 & 7); /* of a dial: the buckets that are wanted */
 }
 
-static PyObject *slot_list(struct slab *slab)
+/* A dial that has just been counted, and whose slot says so the next moment, is not there yet. */
+static void slot_count(struct kinds *kinds, const struct slot_seen *seen)
+{
+    enum slot_state state = slot_state(seen->word);
+    unsigned open = seen->account.open;
+    for (unsigned i = 0; i < SHM_BUCKETS; i++)
+        kinds->created[i] += seen->account.begun[i];
+    if (open == SHM_BUCKETS)
+        return;
+    kinds->created[open] -= state == SLOT_DIALING;
+    kinds->open[open] += state != SLOT_DIALING;
+    kinds->idle[open] += state == SLOT_IDLE;
+    kinds->active[open] += state == SLOT_OFFERED || (state == SLOT_LEASED && !(seen->kind & SHM_KIND_SHOWN));
+}
+
+static PyObject *slot_tuple(uint32_t index, const struct slot_seen *seen)
+{
+    enum slot_state state = slot_state(seen->word);
+    const uint64_t *fields = seen->fields;
+    return Py_BuildValue("IsiKIy#KKKKIK", index, slot_state_name(state == SLOT_LEASED && seen->kind & SHM_KIND_SHOWN ? SLOT_DIALING : state),
+                         (int)slot_owner(seen->word) - 1, (unsigned long long)fields[0], kind_bucket(seen->kind), (const char *)seen->peer,
+                         (Py_ssize_t)sizeof seen->peer, (unsigned long long)fields[1], (unsigned long long)fields[2],
+                         (unsigned long long)fields[3], (unsigned long long)fields[4],
+                         state == SLOT_DIALING ? 0 : seen->kind >> 8 & 7, /* of a dial: the buckets that are wanted */
+                         (unsigned long long)fields[6]);
+}
+
+static PyObject *slot_list(struct slab *slab, struct kinds *kinds)
 {
     uint32_t bound = steering_bound(slab);
     PyObject *list = PyList_New(bound);
     for (uint32_t i = 0; list && i < bound; i++) {
-        PyObject *row = slot_tuple(slab, i);
+        struct slot_seen seen = {0};
+        slot_see(slab, i, &seen);
+        slot_count(kinds, &seen);
+        PyObject *row = slot_tuple(i, &seen);
+        if (row)
+            PyList_SET_ITEM(list, i, row);
+        else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+/* [(created, open, idle, active), ...] by bucket */
+static PyObject *kind_list(const struct kinds *kinds)
+{
+    PyObject *list = PyList_New(SHM_BUCKETS);
+    for (Py_ssize_t i = 0; list && i < (Py_ssize_t)SHM_BUCKETS; i++) {
+        PyObject *row = Py_BuildValue("KIII", (unsigned long long)kinds->created[i], kinds->open[i], kinds->idle[i], kinds->active[i]);
         if (row)
             PyList_SET_ITEM(list, i, row);
         else
@@ -148,21 +202,48 @@ static PyObject *upstream_dict(struct slab *slab)
                          PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "replace"));
 }
 
+static bool put_number(PyObject *dict, const char *name, uint64_t number)
+{
+    PyObject *value = PyLong_FromUnsignedLongLong(number);
+    bool done = value && !PyDict_SetItemString(dict, name, value);
+    Py_XDECREF(value);
+    return done;
+}
+
+/* The counters of the whole pool, `created` among them, and the slots, as two new references. What counts ends is read before the slots, and
+ * what counts begins after them: nobody is seen to have ended who was not seen to begin. */
+static bool lives_build(struct slab *slab, struct kinds *kinds, PyObject **totals, PyObject **slots)
+{
+    *totals = counter_dict(slab->totals->counters, total_names, SHM_T_COUNT);
+    *slots = *totals ? slot_list(slab, kinds) : NULL;
+    uint64_t created = 0;
+    for (unsigned i = 0; i < SHM_BUCKETS; i++)
+        created += kinds->created[i];
+    return *slots && put_number(*totals, "created", created) &&
+           put_number(*totals, total_names[SHM_T_dial_attempts], SHM_LOAD_ACQUIRE(account, slab->totals->counters[SHM_T_dial_attempts]));
+}
+
 PyObject *snapshot_build(struct slab *slab, int fd)
 {
     struct header_shm *header = slab->header;
+    struct kinds kinds = {0};
+    PyObject *totals, *slots;
+    if (!lives_build(slab, &kinds, &totals, &slots)) {
+        Py_XDECREF(totals);
+        Py_XDECREF(slots);
+        return NULL;
+    }
     return Py_BuildValue(
-        "{sssssssIsIsdsKsssIsIsIsIsK sN s(III) sN sN s(sssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
+        "{sssssssIsIsdsKsssIsIsIsIsK sN s(III) sN sN sN s(ssssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
         header->target, "config", header->config, "uid", header->creator_uid, "creator_pid", header->creator_pid, "created_at",
         (double)header->created_realtime_ns / 1e9, "now", (unsigned long long)clock_now(), "state",
         steering_state_name(steering_now(slab)), "max_connections", steering_cap(slab), "resize_limit",
         header->max_slots - (header->listening ? SERVICE_RESERVED : 0), "max_workers", header->max_workers, "max_waiters", header->max_waiters, "size",
         (unsigned long long)header->total_size, "upstream", upstream_dict(slab), "prewarm", SHM_LOAD(hint, header->prewarm_created),
-        SHM_LOAD(hint, header->prewarm_failed), SHM_LOAD(hint, header->prewarm_done), "totals",
-        counter_dict(slab->totals->counters, total_names, SHM_T_COUNT), "slots", slot_list(slab), "slot_fields",
-        "index", "state", "owner", "id", "bucket", "peer", "created_ns", "last_used_ns", "leased_ns", "uses", "flags",
-        "workers", worker_list(slab, fd), "worker_fields", "index", "pid", "alive", "started_ns", "generation", "counters",
-        "get_hist", "use_hist", "waiters", waiter_list(slab), "waiter_fields", "index", "worker", "tid", "mask", "since_ns",
+        SHM_LOAD(hint, header->prewarm_failed), SHM_LOAD(hint, header->prewarm_done), "totals", totals, "kinds", kind_list(&kinds),
+        "slots", slots, "slot_fields", "index", "state", "owner", "id", "bucket", "peer", "created_ns", "last_used_ns", "leased_ns", "uses",
+        "flags", "checked_ns", "workers", worker_list(slab, fd), "worker_fields", "index", "pid", "alive", "started_ns", "generation",
+        "counters", "get_hist", "use_hist", "waiters", waiter_list(slab), "waiter_fields", "index", "worker", "tid", "mask", "since_ns",
         "state", "wait_hist", hist_list(&slab->totals->wait), "dial_hist", hist_list(&slab->totals->dial));
 }
 

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "account.h"
 #include "connection.h"
 #include "events.h"
 #include "freelist.h"
@@ -632,8 +633,8 @@ uint64_t pool_name_connection(struct pool *pool, struct pool_claim *claim)
     struct slot_shm *row = &pool->slab.slots[claim->slot];
     uint64_t id = SHM_ADD(hint, pool->slab.header->next_connection, 1);
     mailbox_drain(pool->mailboxes[claim->slot]); /* empty by the invariant; a letter here would be another connection's */
-    SHM_STORE(row, row->connection, id);
     pool_count_total(pool, SHM_T_dial_attempts, 1);
+    SHM_STORE(row, row->connection, id); /* from now on its failure counts, whoever finds it */
     return id;
 }
 
@@ -650,12 +651,12 @@ bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool
     SHM_STORE(row, row->uses, 0);
     SHM_STORE(row, row->expires_ns, birth->expires_ns);
     SHM_STORE(row, row->private_owner, birth->flags & (SHM_KIND_PRIVATE | SHM_KIND_UNMAILED) ? pool->worker : SHM_NO_WORKER);
-    SHM_STORE(row, row->kind, birth->bucket | birth->flags);
     for (int i = 0; i < 3; i++)
         SHM_STORE(row, row->peer[i], birth->peer[i]);
+    account_begin(&pool->slab.accounts[claim->slot], birth->bucket);
+    SHM_STORE(row, row->kind, birth->bucket | birth->flags); /* no dial any more */
     if (!slot_move(row, &claim->word, pool->worker, SLOT_LEASED))
         return false;
-    pool_count_total(pool, SHM_T_created, 1);
     event_note(&pool->slab, (struct event){.kind = EVENT_opened, .slot = claim->slot, .connection = SHM_LOAD(row, row->connection),
                                            .value = birth->took_ns});
     if (birth->flags & SHM_KIND_UNMAILED)
@@ -669,11 +670,14 @@ bool pool_install(struct pool *pool, struct pool_claim *claim, const struct pool
 static void make_empty(struct pool *pool, struct pool_claim *claim)
 {
     struct slot_shm *row = &pool->slab.slots[claim->slot];
+    bool dial_failed = SHM_LOAD(row, row->connection) && SHM_LOAD(row, row->kind) >> SHM_KIND_WANTED_SHIFT;
     SHM_STORE(row, row->connection, 0);
     SHM_STORE(row, row->kind, 0);
     SHM_STORE(row, row->private_owner, SHM_NO_WORKER);
     if (!slot_move(row, &claim->word, SHM_NO_WORKER, SLOT_EMPTY))
         return;
+    if (dial_failed) /* else it had not begun */
+        pool_count_total(pool, SHM_T_dial_failures, 1);
     freelist_put(&pool->slab, SHM_EMPTY_LIST, claim->slot);
     if (SHM_LOAD_SEQ(queue, pool->slab.header->summary))
         waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);
@@ -713,7 +717,6 @@ void pool_abandon(struct pool *pool, struct pool_claim *claim)
     }
     mailbox_drain(pool->mailboxes[claim->slot]);
     make_empty(pool, claim);
-    pool_count_total(pool, SHM_T_dial_failures, 1);
 }
 
 bool pool_condemn(struct pool *pool, struct pool_claim *claim)
@@ -783,17 +786,20 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
     }
     if (slot_load(row) != claim->word)
         return; /* not ours any more: recovered by somebody who took us for dead, or damage */
-    /* The slot of a dial whose process died: its connection never was. */
-    bool was_there = SHM_LOAD(row, row->connection) && !(SHM_LOAD(row, row->kind) >> SHM_KIND_WANTED_SHIFT);
+    struct account_shm *account = &pool->slab.accounts[claim->slot];
+    bool was_there = account_is_open(account_lives(account)); /* else its process died in a dial, or in the middle of this */
     struct ended *note = was_there ? note_ended(pool, claim->slot, reason) : NULL;
-    uint64_t created_ns = SHM_LOAD(row, row->created_ns);
+    uint64_t created_ns = SHM_LOAD(row, row->created_ns), age_ns = created_ns ? clock_now() - created_ns : 0;
     if (was_there)
         event_note(&pool->slab, (struct event){.kind = EVENT_closed, .reason = (uint8_t)reason, .slot = claim->slot,
-                                               .connection = SHM_LOAD(row, row->connection),
-                                               .value = created_ns ? clock_now() - created_ns : 0});
+                                               .connection = SHM_LOAD(row, row->connection), .value = age_ns});
     mailbox_drain(pool->mailboxes[claim->slot]);
-    if (was_there || SHM_LOAD(row, row->connection)) /* else its process died before the dial began */
-        pool_count_total(pool, was_there ? reason : SHM_T_dial_failures, 1);
+    if (was_there) {
+        SHM_AND(row, row->kind, (UINT32_C(1) << SHM_KIND_WANTED_SHIFT) - 1); /* its dial did not fail */
+        account_end(account);
+        SHM_ADD_SEQ(account, pool->slab.totals->counters[reason], 1);
+        pool_count_total(pool, SHM_T_lifetime_ns, age_ns);
+    }
     if (reason == SHM_T_closed_broken)
         upstream_suspect(&pool->slab);
     make_empty(pool, claim);

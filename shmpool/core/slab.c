@@ -29,7 +29,8 @@ bool slab_layout(struct slab_layout *layout, uint64_t max_slots, uint64_t max_wo
     layout->waiters_offset = round_up(layout->words_offset + round_up(max_waiters, SHM_WAITER_GROUP) * sizeof(a64_shm), 64);
     layout->bitmaps_offset = layout->waiters_offset + max_waiters * sizeof(struct waiter_shm);
     layout->slots_offset = layout->bitmaps_offset + (uint64_t)SHM_BITMAPS * layout->bitmap_words * sizeof(a64_shm);
-    layout->total_size = round_up(layout->slots_offset + max_slots * sizeof(struct slot_shm), 4096);
+    layout->accounts_offset = layout->slots_offset + max_slots * sizeof(struct slot_shm);
+    layout->total_size = round_up(layout->accounts_offset + max_slots * sizeof(struct account_shm), 4096);
     assert(layout->slots_offset % 64 == 0 && layout->bitmaps_offset % 64 == 0);
     return true;
 }
@@ -42,7 +43,7 @@ uint32_t slab_format(void)
         sizeof(struct slot_shm),   SHM_W_COUNT,               SHM_T_COUNT,                SHM_BITMAPS,
         SHM_HIST_BUCKETS,          SHM_HIST_FIRST_OCTAVE,     SLOT_SEQUENCE_SHIFT,        WAITER_TICKET_SHIFT,
         SHM_WAITER_GROUP,          sizeof(void *),            SHM_MAX_WAITERS,            UINT32_C(0x01020304),
-        SHM_EVENTS,                sizeof(struct event_shm),
+        SHM_EVENTS,                sizeof(struct event_shm),  sizeof(struct account_shm),
     };
     uint32_t hash = 2166136261u;
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
@@ -62,6 +63,7 @@ static void slab_point(struct slab *slab, void *base, const struct slab_layout *
     slab->waiters = (struct waiter_shm *)(bytes + layout->waiters_offset);
     slab->bitmaps = (a64_shm *)(bytes + layout->bitmaps_offset);
     slab->slots = (struct slot_shm *)(bytes + layout->slots_offset);
+    slab->accounts = (struct account_shm *)(bytes + layout->accounts_offset);
 }
 
 static void copy_text(char *to, size_t size, const char *text)

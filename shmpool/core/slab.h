@@ -61,7 +61,7 @@ enum bucket { BUCKET_TCP4, BUCKET_TCP6, BUCKET_UDP4, BUCKET_UDP6, BUCKET_UNIX };
 _Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list");
 
 #define SHM_MAGIC UINT64_C(0x6c6f6f706d687301) /* "\x01shmpool" */
-#define SHM_VERSION UINT32_C(6)
+#define SHM_VERSION UINT32_C(7)
 #define SHM_NO_WORKER UINT32_C(0) /* worker numbers in words are index + 1 */
 
 /* ---- counters: one list yields the enum, the names, the Python side and the table in docs/design.md ---- */
@@ -88,8 +88,8 @@ _Static_assert(BUCKET_UNIX + 1 == (int)SHM_BUCKETS, "each bucket has a free-list
 
 /* of the whole pool (rare events; any worker adds) */
 #define SHM_TOTAL_COUNTERS(X)                                                                                          \
-    X(created, "connections installed")                                                                                \
     X(dial_attempts, "dials begun")                                                                                    \
+    X(lifetime_ns, "nanoseconds that ended connections were open, all together")                                       \
     X(dial_failures, "dials that failed")                                                                              \
     X(failed_deposits, "connections whose descriptor could not be put into the mailbox")                               \
     X(closed_broken, "retired: closed or reset by the peer")                                                           \
@@ -237,6 +237,12 @@ struct slot_shm {
     a64_shm checked_ns;          /* the last check of an idle connection; by the dialler and the checker */
 };
 
+/* account.h: the connections that a slot has had */
+struct account_shm {
+    a64_shm lives;
+    a64_shm ended[SHM_BUCKETS];
+};
+
 enum {
     SHM_KIND_PRIVATE = 1 << 8,  /* only private_owner can use it */
     SHM_KIND_UNMAILED = 1 << 9, /* no letter: ends at its release */
@@ -258,13 +264,15 @@ _Static_assert(sizeof(struct worker_shm) == 16384, "a worker costs 16 KiB");
 _Static_assert(sizeof(struct waiter_shm) == 64, "a waiter has a line of its own");
 _Static_assert(offsetof(struct slot_shm, created_ns) == 64, "hot and cold line");
 _Static_assert(sizeof(struct slot_shm) == 128, "a slot is two lines");
+_Static_assert(sizeof(struct account_shm) == 48, "an account");
 
 /* ---- layout ---- */
 
 struct slab_layout {
     uint32_t max_slots, max_workers, max_waiters;
     uint32_t bitmap_words; /* per bitmap */
-    uint64_t totals_offset, events_offset, workers_offset, words_offset, waiters_offset, bitmaps_offset, slots_offset, total_size;
+    uint64_t totals_offset, events_offset, workers_offset, words_offset, waiters_offset, bitmaps_offset, slots_offset, accounts_offset,
+        total_size;
 };
 
 /* The layout for these capacities; false when one is out of range (1..SHM_MAX_*). */
@@ -280,6 +288,7 @@ struct slab {
     struct waiter_shm *waiters;
     a64_shm *bitmaps;
     struct slot_shm *slots;
+    struct account_shm *accounts;
     struct slab_layout layout;
 };
 

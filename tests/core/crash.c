@@ -513,6 +513,7 @@ static void check_whole(void)
     if (third->worker && place.queued && place.owner == third->worker)
         play_leave_queue(third, &place);
     play_check_queue_empty(pool);
+    play_check_accounts(pool, 2); /* who died, and who died over recovering it */
     pool_leave(third);
     bool dead_is_alive = atomic_load(&dead->seat->fd) >= 0;
     if (dead_is_alive)
@@ -538,6 +539,8 @@ static uint64_t fingerprint(void)
         MIX(slab->slots[i].word & ((1 << SLOT_SEQUENCE_SHIFT) - 1));
         MIX(slab->slots[i].kind);
         MIX(slab->slots[i].connection != 0);
+        MIX(slab->accounts[i].lives & 1);
+        MIX(slab->accounts[i].ended[0] + slab->accounts[i].ended[3] - (slab->accounts[i].lives >> 4));
         MIX(slab->slots[i].mark == slab->slots[i].word);
     }
     for (uint32_t i = 0; i < WAITERS; i++)

@@ -57,6 +57,7 @@ enum {
     ONE_PROCESS = 2, /* the first two fibers are threads of one process, which die together or not at all */
     STEERS = 4,      /* looks at the cap are steps too; a return may end the connection */
     BY_TIME = 8,     /* what some wait for is that time passes */
+    LOOKS = 16,      /* accounts are looked at: what is done to them is a step too */
 };
 
 static const struct scenario *scenario;
@@ -320,13 +321,15 @@ static void watch(void)
     bound_before = bound;
 }
 
-/* Slot, queue, offer, futex, worker, upstream; "lock" and "use" are ours. Steps on private words, hints, counters and rows are of no
+/* Slot, queue, offer, futex, worker, upstream; "lock" and "use" are ours. Steps on private words, hints, counters, rows and accounts are of no
  * weight to the others. */
 static bool is_step(const char *tag)
 {
     static const char weighty[] = "sl qu of fu wo up lo us";
     if (tag[0] == 'c')
         return (scenario->flags & STEERS) && tag[1] == 'a';
+    if (tag[0] == 'a')
+        return scenario->flags & LOOKS;
     for (const char *of = weighty; of < weighty + sizeof weighty; of += 3)
         if (of[0] == tag[0] && of[1] == tag[1])
             return true;
@@ -591,6 +594,7 @@ static void look_at_the_end(void)
     for (unsigned i = 0; i < old_count; i++)
         CHECK_EQ(pool_release(checker, &old[i], now_ns), RELEASE_STALE);
     play_check_queue_empty(checker);
+    play_check_accounts(checker, gone);
     if (!(scenario->flags & CLOSES))
         play_lease_all(checker);
     else if (!gone)
@@ -725,6 +729,24 @@ static void body_discard(void)
     struct pool_claim claim = current->claim;
     CHECK(pool_condemn(current->pool, &claim));
     play_retire(current->pool, &claim, SHM_T_closed_error);
+}
+/* Who looks at the figures: what an account says is true of the word, and no number falls. */
+static void body_look(void)
+{
+    uint64_t before[SLOTS] = {0};
+    for (uint32_t turn = 0; turn < 4 * scenario->slots; turn++) {
+        uint32_t slot = turn % scenario->slots;
+        struct account account;
+        struct account_shm *row = &current->pool->slab.accounts[slot];
+        uint64_t lives = account_lives(row);
+        enum slot_state state = slot_state(slot_load(&current->pool->slab.slots[slot]));
+        if (!account_read(row, lives, &account))
+            continue;
+        bool is_open = account.open < SHM_BUCKETS;
+        CHECK(state == SLOT_DIALING || state == SLOT_RETIRING || is_open == (state != SLOT_EMPTY));
+        CHECK(account.begun[0] >= before[slot]);
+        before[slot] = account.begun[0];
+    }
 }
 static void body_close(void)
 {
@@ -1079,6 +1101,7 @@ static const struct scenario scenarios[] = {
     {"lease-handover", 1, 4, 2, HANDOVER, all_idle, {body_lease_twice, body_lease_twice}, NULL, 0, 0},
     {"lease-three", 2, 5, 3, 0, all_idle, {body_lease, body_lease, body_lease}, NULL, 0, 0},
     {"dial", 1, 4, 2, 0, nothing_open, {body_lease, body_lease}, NULL, 0, 0},
+    {"account", 1, 5, 3, 0, all_idle, {body_discard, body_discard, body_look}, NULL, LOOKS, 0},
     {"discard", 1, 4, 3, HANDOVER, all_idle, {body_discard, body_lease, body_lease}, NULL, 0, 0},
     {"wait", 1, 4, 2, 0, first_holds, {body_give, body_get}, NULL, 0, 0},
     {"wait-handover", 1, 4, 2, HANDOVER, first_holds, {body_give, body_get}, NULL, 0, 0},

@@ -14,6 +14,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "account.h"
 #include "check.h"
 #include "connection.h"
 #include "freelist.h"
@@ -157,6 +158,15 @@ PLAY uint32_t play_count(struct pool *pool, enum slot_state state)
 PLAY uint64_t play_total(struct pool *pool, unsigned counter)
 {
     return atomic_load_explicit(&pool->slab.totals->counters[counter], memory_order_relaxed);
+}
+
+/* How many connections there have been. */
+PLAY uint64_t play_created(struct pool *pool)
+{
+    uint64_t created = 0;
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++)
+        created += atomic_load(&pool->slab.accounts[slot].lives) >> 4;
+    return created;
 }
 
 /* ---- connections: stream pairs; the peer's end is given to the caller, or closed at once ---- */
@@ -418,6 +428,30 @@ PLAY void play_check_queue_empty(struct pool *pool)
 {
     for (uint32_t cell = 0; cell < pool->slab.layout.max_waiters; cell++)
         CHECK_EQ(atomic_load(&pool->slab.waiter_words[cell]), WAITER_FREE_WORD);
+}
+
+/* The accounts say what the slots say; the reasons of ends and the failures of dials are whole, but for at most `lost` of each, which processes that
+ * died have not counted. */
+PLAY void play_check_accounts(struct pool *pool, uint64_t lost)
+{
+    uint64_t created = play_created(pool), there = 0, begun = 0, reasons = 0;
+    for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {
+        struct account account;
+        CHECK(account_read(&pool->slab.accounts[slot], account_lives(&pool->slab.accounts[slot]), &account));
+        bool has_one = play_state(pool, slot) != SLOT_EMPTY && play_state(pool, slot) != SLOT_DIALING;
+        CHECK_EQ(account.open < SHM_BUCKETS, has_one);
+        CHECK(!has_one || account.open == kind_bucket(pool->slab.slots[slot].kind));
+        for (unsigned i = 0; i < SHM_BUCKETS; i++)
+            begun += account.begun[i];
+        there += has_one;
+    }
+    for (unsigned reason = SHM_T_closed_broken; reason <= SHM_T_closed_revoked; reason++)
+        reasons += play_total(pool, reason);
+    CHECK_EQ(begun, created);
+    uint64_t dialling = play_count(pool, SLOT_DIALING), failures = play_total(pool, SHM_T_dial_failures);
+    uint64_t uncounted = created - there - reasons, undecided = play_total(pool, SHM_T_dial_attempts) - created - failures - dialling;
+    CHECK(uncounted <= lost);
+    CHECK(undecided <= lost);
 }
 
 /* No worker index is lost: every row but those of the living is FREE. */

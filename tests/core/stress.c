@@ -209,6 +209,7 @@ int main(int argc, char **argv)
         play_retire(first, &claim, SHM_T_closed_shutdown);
     CHECK_EQ(play_count(first, SLOT_EMPTY), SLOTS);
     play_check_queue_empty(first);
+    play_check_accounts(first, atomic_load(&deaths));
     play_check_workers(first, 1);
     printf("%" PRIu64 " leases, %" PRIu64 " deaths\n", atomic_load(&leases), atomic_load(&deaths));
     play_leave(first);

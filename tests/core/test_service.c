@@ -304,7 +304,7 @@ static void a_client_and_its_requests(void)
     end_leased(other, &claim, SHM_T_closed_broken);
     CHECK_EQ(next(pool, &claim), SERVICE_NOTHING);
     CHECK_EQ(play_count(pool, SLOT_EMPTY), 5);
-    CHECK_EQ(play_total(pool, SHM_T_created), 1);
+    CHECK_EQ(play_created(pool), 1);
     end();
 }
 
