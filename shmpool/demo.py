@@ -31,7 +31,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -473,7 +473,7 @@ class _Show:
         for event in self.events:
             events.add(event, style="yellow")
         crew = tuple(each for each in change.workers if each.alive and each.pid != os.getpid())
-        return [head, totals, workers_view(replace(change, workers=crew)), connections_view(now), events]
+        return [head, totals, workers_view(change, crew), connections_view(now), events]
 
 
 def _draw_plain(views: Sequence[View]) -> None:

@@ -195,8 +195,9 @@ class ConnectionStats(_Record):
     """A slot that is not empty. Times in seconds; None where the state has none.
 
     `holder` is the pid that has it in its hands, `cached_by` the pid in whose local cache it lies idle. `since` is how
-    long it has been leased, or unused; `checked` how long ago it was opened, or checked in the background. `flags`: "private" (only one process can use it), "unmailed" (its descriptor
-    could not be deposited), "ending" (evict() or resize() will end it when it is returned).
+    long it has been leased, or unused; `checked` how long ago it was opened, or checked in the background. `flags`:
+    "private" (only one process can use it), "unmailed" (its descriptor could not be deposited), "ending" (evict() or
+    resize() will end it when it is returned).
     """
 
     index: int
@@ -293,13 +294,12 @@ class PoolStats(_Record):
     use_latency: Latency  # lease to release
     dial_latency: Latency
 
-    workers: tuple[WorkerStats, ...]
-    slots: tuple[ConnectionStats, ...]  # those that are not empty
-    waiters: tuple[WaiterStats, ...]  # who has waited longest is the first
-
     _snapshot: Mapping[str, Any] = field(repr=False, compare=False)
 
     _computed: ClassVar[tuple[str, ...]] = (
+        "workers",
+        "slots",
+        "waiters",
         "open",
         "current",
         "in_use",
@@ -319,11 +319,11 @@ class PoolStats(_Record):
     @classmethod
     def from_snapshot(cls, snapshot: Mapping[str, Any]) -> PoolStats:
         """The figures of a dict that the core's `snapshot()` made."""
-        workers, slots, waiters = (_rows(snapshot, what) for what in ("worker", "slot", "waiter"))
+        workers, waiters = _rows(snapshot, "worker"), _rows(snapshot, "waiter")
         counters: Counter[str] = Counter(snapshot["totals"])
         for worker in workers:
             counters.update(worker["counters"])
-        states = dict.fromkeys(STATES, 0) | Counter(str(slot["state"]) for slot in slots)
+        states = dict.fromkeys(STATES, 0) | Counter(_column(snapshot, "slot", "state"))
         used = sum(states.values()) - states["empty"]
         states["empty"] = max(0, snapshot["max_connections"] - used)  # more are used while resize() ends some
         known = {each.name for each in fields(cls)}
@@ -357,9 +357,6 @@ class PoolStats(_Record):
             wait_latency=Latency.from_histogram(snapshot["wait_hist"]),
             use_latency=Latency.from_histogram(_merged(worker["use_hist"] for worker in workers)),
             dial_latency=Latency.from_histogram(snapshot["dial_hist"]),
-            workers=_worker_stats(snapshot, workers, slots, waiters),
-            slots=_connection_stats(snapshot, slots, workers),
-            waiters=_waiter_stats(snapshot, waiters, workers),
             _snapshot=snapshot,
             **{name: counters[name] for name in counters if name in known},
         )
@@ -374,6 +371,23 @@ class PoolStats(_Record):
     def per_second(self, count: float) -> float:
         """A count of this interval as a rate."""
         return _ratio(count, self.interval)
+
+    # The rows cost more than all the rest: they are made when they are asked for.
+
+    @functools.cached_property
+    def workers(self) -> tuple[WorkerStats, ...]:
+        """Every worker index that was ever used, in order."""
+        return _worker_stats(self._snapshot)
+
+    @functools.cached_property
+    def slots(self) -> tuple[ConnectionStats, ...]:
+        """The slots that are not empty, in order."""
+        return _connection_stats(self._snapshot)
+
+    @functools.cached_property
+    def waiters(self) -> tuple[WaiterStats, ...]:
+        """The calls that wait; who has waited longest is the first."""
+        return _waiter_stats(self._snapshot)
 
     @property
     def open(self) -> int:
@@ -463,15 +477,16 @@ def _rows(snapshot: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in snapshot[f"{what}s"]]
 
 
-def _worker_stats(
-    snapshot: Mapping[str, Any],
-    workers: list[dict[str, Any]],
-    slots: list[dict[str, Any]],
-    waiters: list[dict[str, Any]],
-) -> tuple[WorkerStats, ...]:
-    held = Counter(slot["owner"] for slot in slots if slot["state"] in HELD)
-    cached = Counter(slot["owner"] for slot in slots if slot["state"] == "idle")
-    waiting = Counter(waiter["worker"] for waiter in waiters)
+def _column(snapshot: Mapping[str, Any], what: str, name: str) -> list[Any]:
+    at = snapshot[f"{what}_fields"].index(name)
+    return [row[at] for row in snapshot[f"{what}s"]]
+
+
+def _worker_stats(snapshot: Mapping[str, Any]) -> tuple[WorkerStats, ...]:
+    owners = list(zip(_column(snapshot, "slot", "owner"), _column(snapshot, "slot", "state"), strict=True))
+    held = Counter(owner for owner, state in owners if state in HELD)
+    cached = Counter(owner for owner, state in owners if state == "idle")
+    waiting = Counter(_column(snapshot, "waiter", "worker"))
     return tuple(
         WorkerStats(
             index=worker["index"],
@@ -486,17 +501,20 @@ def _worker_stats(
             get_latency=Latency.from_histogram(worker["get_hist"]),
             use_latency=Latency.from_histogram(worker["use_hist"]),
         )
-        for worker in workers
+        for worker in _rows(snapshot, "worker")
     )
 
 
-def _connection_stats(
-    snapshot: Mapping[str, Any], slots: list[dict[str, Any]], workers: list[dict[str, Any]]
-) -> tuple[ConnectionStats, ...]:
-    pids = {worker["index"]: int(worker["pid"]) for worker in workers}
+def _pids(snapshot: Mapping[str, Any]) -> dict[int, int]:
+    """By the index of the worker."""
+    return dict(zip(_column(snapshot, "worker", "index"), _column(snapshot, "worker", "pid"), strict=True))
+
+
+def _connection_stats(snapshot: Mapping[str, Any]) -> tuple[ConnectionStats, ...]:
+    pids = _pids(snapshot)
     unix_path = str(snapshot["target"]).removeprefix("unix://") if snapshot["target"].startswith("unix://") else ""
     found = []
-    for slot in slots:
+    for slot in _rows(snapshot, "slot"):
         if slot["state"] == "empty":
             continue
         described = slot["state"] in _DESCRIBED
@@ -524,10 +542,8 @@ def _connection_stats(
     return tuple(found)
 
 
-def _waiter_stats(
-    snapshot: Mapping[str, Any], waiters: list[dict[str, Any]], workers: list[dict[str, Any]]
-) -> tuple[WaiterStats, ...]:
-    pids = {worker["index"]: worker["pid"] for worker in workers}
+def _waiter_stats(snapshot: Mapping[str, Any]) -> tuple[WaiterStats, ...]:
+    pids = _pids(snapshot)
     found = (
         WaiterStats(
             pid=pids.get(waiter["worker"]),
@@ -535,7 +551,7 @@ def _waiter_stats(
             waited=_elapsed(snapshot, waiter["since_ns"]),
             wants=tuple(kind for bit, kind in enumerate(KINDS) if waiter["mask"] >> bit & 1),
         )
-        for waiter in waiters
+        for waiter in _rows(snapshot, "waiter")
     )
     return tuple(sorted(found, key=lambda each: -each.waited))
 

@@ -179,11 +179,13 @@ def gauge(now: PoolStats, width: int = 24) -> str:
     return f"[{bar:·<{cells}}]"
 
 
-def workers_view(change: PoolStats) -> View:
-    """A row per worker, the busiest first; those that have ended, marked †, last."""
+def workers_view(change: PoolStats, workers: Iterable[WorkerStats] | None = None) -> View:
+    """A row per worker, or for those given, the busiest first; those that have ended, marked †, last."""
     headings = ("worker", "held", "idle", "wait", "gets/s", "hit %", "steals/s", "waits/s", "get p50", "p99")
     view = View(headings, widths=(7, 4, 4, 4, 6, 5, 8, 7, 7, 7))
-    for worker in sorted(change.workers, key=lambda each: (not each.alive, -each.gets, each.index)):
+    for worker in sorted(
+        change.workers if workers is None else workers, key=lambda each: (not each.alive, -each.gets, each.index)
+    ):
         view.add(*_worker_cells(worker, change), style="" if worker.alive else "dim")
     return view
 
