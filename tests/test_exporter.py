@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shmpool import Pool, PoolStats, PoolTimeout, exporter, inspect, slab
 from shmpool.exporter import BOUNDS, coarsened, collector
 from shmpool.inspector import Inspector
+from shmpool.metrics import METRICS, POOL_STATES, Times
 from shmpool.stats import FAILURES, SOURCES, Latency
 from tests.members import some_name
 from tests.processes import Child, Family, Latch, proven, until, use
@@ -525,8 +526,8 @@ def test_the_alerts_use_metrics_there_are() -> None:
     rules = "\n".join(re.findall(r"^```yaml\n(groups:.*?)^```", GUIDE.read_text(encoding="utf-8"), re.DOTALL | re.M))
     used = set(re.findall(r"\b(?:db_client|shmpool)_\w+", rules))
     assert len(used) > 3
-    histograms = [each.name for each in exporter._METRICS if isinstance(each, exporter._Histogram)]
-    there = {each.name for each in exporter._METRICS}
+    histograms = [exporter._name(each) for each in METRICS if isinstance(each, Times)]
+    there = {exporter._name(each) for each in METRICS}
     assert used <= there | {f"{name}_{part}" for name in histograms for part in ("bucket", "sum", "count")}
 
 
@@ -550,4 +551,4 @@ def test_the_core_has_no_more_states(url: str) -> None:
             change()
             seen.add(pool.stats().state)
     seen.add(pool.stats().state)
-    assert seen == set(exporter._STATES)
+    assert seen == set(POOL_STATES)
