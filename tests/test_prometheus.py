@@ -203,6 +203,7 @@ def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
             yield Prometheus(listening()[0])
         finally:
             process.kill()
+    assert re.findall(r"level=(?:warn|error).*", log.read_text()) == []
 
 
 def test_promtool_takes_the_alerts(tmp_path: Path) -> None:
@@ -296,6 +297,11 @@ def assert_rules(server: Prometheus) -> None:
     assert {(rule["health"], rule.get("lastError", "")) for rule in rules()} == {("ok", "")}
 
 
+def target(server: Prometheus) -> tuple[str, str]:
+    (only,) = server.ask("targets")["activeTargets"]
+    return only["health"], only["lastError"]
+
+
 def test_a_real_prometheus(server: ExclusiveServer, family: Family, tmp_path: Path) -> None:
     with (
         proven(server, 3, maintenance_interval=math.inf) as pool,
@@ -304,7 +310,7 @@ def test_a_real_prometheus(server: ExclusiveServer, family: Family, tmp_path: Pa
     ):
         of_pool = f'{POOL}="{pool.name}"'
         until(lambda: real.values(f"db_client_connection_max{{{of_pool}}}"), "the first scrape of the pool at rest")
-        assert real.values("up") == {"": 1}
+        until(lambda: real.values("up") == {"": 1}, "it is up")  # a busy machine misses a scrape now and then
         load(pool, family)
         stats = pool.stats()
         assert (stats.successes, stats.recovered_leases, stats.timeouts) == (503, 3, 1)
@@ -315,5 +321,4 @@ def test_a_real_prometheus(server: ExclusiveServer, family: Family, tmp_path: Pa
             assert_quantile(real.values(f"histogram_quantile({share}, {buckets})")[""], exact)
         assert_dashboard(real, pool.name)
         assert_rules(real)
-        (target,) = real.ask("targets")["activeTargets"]
-        assert (target["health"], target["lastError"]) == ("up", "")
+        until(lambda: target(real) == ("up", ""), "scrapes succeed")
