@@ -270,20 +270,20 @@ def test_names_units_and_kinds_are_those_of_the_conventions(pool: Pool) -> None:
 
 
 def test_quantiles_are_of_the_time_between_two_collections(pool: Pool) -> None:
+    def dial() -> None:
+        pool.get().discard("the next one is dialled")
+
     with reported(pool) as report:
-        for _ in range(64):
-            pool.get().release()
+        for _ in range(3):
+            dial()
         report.collect()
         earlier = pool.stats()
-        lease = pool.get()
-        until(lambda: pool.stats().slots[0].since, "the lease is out")
-        lease.release()
-        now = report.collect().by("shmpool.quantile", "shmpool.use_time.quantile", pool.name)
-        times = pool.stats().diff(earlier).use_latency
-        assert times.count, "warm leases are timed by sample, with the weight of those it stands for"
+        dial()
+        now = report.collect().by("shmpool.quantile", "shmpool.create_time.quantile", pool.name)
+        times = pool.stats().diff(earlier).dial_latency
+        assert times.count == 1
         assert now == {"0.5": times.p50, "0.95": times.p95, "0.99": times.p99, "0.999": times.p999, "1": times.max}
-        assert now["0.5"] > pool.stats().use_latency.p50
-        assert "shmpool.use_time.quantile" not in report.collect().metrics, "nothing happened"
+        assert "shmpool.create_time.quantile" not in report.collect().metrics, "nothing happened"
 
 
 def test_counters_begin_with_the_instrumentation(pool: Pool) -> None:
