@@ -63,7 +63,8 @@ def instrument(
     """Report these pools to `meter_provider`, or to the global one, be it set now or later.
 
     Call it in each worker, before or after the fork; of all processes and providers that do, one reports a pool.
-    A pool that was closed is reported until `uninstrument()`. Raises a PoolError when one cannot be found or read.
+    A process whose reader ends before it does calls `uninstrument()`, or no other takes its part over. A pool that was
+    closed is reported until then too. Raises a PoolError when one cannot be found or read.
     """
     return Instrumentation(_reporter(meter_provider), [_Watched(each) for each in (pool, *more)])
 
