@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Debian packages that only checks need, and the programs that are looked for; a machine that has none of them still
 # builds, tests and benches.
 DEBIAN_PACKAGES := chromium chromium-driver prometheus redis-server
-TOOLS := chromium chromedriver prometheus redis-server
+TOOLS := chromium chromedriver prometheus promtool redis-server
 
 # The tests, the benches and the demo run on this tree, with the extension built in place. The extension is a target
 # of its own, named for the Python it is for, so it is never staler than its sources and never another Python's.

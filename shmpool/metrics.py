@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .inspector import Inspector
-from .stats import FAILURES, SOURCES, PoolStats
+from .stats import FAILURES, SOURCES, UNCOUNTED, PoolStats
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -186,13 +186,44 @@ METRICS: tuple[Gauge | Times, ...] = (
         "How far resize() may raise the cap",
         lambda look: look.stats.resize_limit,
     ),
-    Counter("shmpool.connections_created", "{connection}", "Connections opened", lambda look: look.stats.created),
+    Gauge(
+        "shmpool.connections",
+        "{connection}",
+        "Connections there are, by protocol and IP version",
+        lambda look: {kind: counts.current for kind, counts in look.stats.kinds.items()},
+        label="kind",
+    ),
+    Counter(
+        "shmpool.connections_created",
+        "{connection}",
+        "Connections opened, by protocol and IP version",
+        lambda look: {kind: counts.created for kind, counts in look.stats.kinds.items()},
+        label="kind",
+    ),
     Counter(
         "shmpool.connections_closed",
         "{connection}",
         "Connections ended, by reason",
-        lambda look: look.stats.closed,
+        lambda look: {reason: count for reason, count in look.stats.closed.items() if reason != UNCOUNTED},
         label="reason",
+    ),
+    Counter(
+        "shmpool.connection_lifetime",
+        "s",
+        "How long the connections that have ended were open, all together",
+        lambda look: look.stats.lifetime_ns / 1e9,
+    ),
+    Counter(
+        "shmpool.mailbox_reads",
+        "{read}",
+        "Connections that a process used for the first time, opened by another",
+        lambda look: look.stats.mailbox_reads,
+    ),
+    Counter(
+        "shmpool.failed_deposits",
+        "{connection}",
+        "Connections that only their opener could use, for want of descriptors in flight",
+        lambda look: look.stats.failed_deposits,
     ),
     Counter("shmpool.dial_attempts", "{dial}", "Dials begun", lambda look: look.stats.dial_attempts),
     Counter("shmpool.dial_failures", "{dial}", "Dials that failed", lambda look: look.stats.dial_failures),

@@ -28,7 +28,7 @@ from shmpool import Pool, PoolStats, PoolTimeout, exporter, inspect, slab
 from shmpool.exporter import BOUNDS, coarsened, collector
 from shmpool.inspector import Inspector
 from shmpool.metrics import METRICS, POOL_STATES, Times
-from shmpool.stats import FAILURES, SOURCES, Latency
+from shmpool.stats import FAILURES, SOURCES, UNCOUNTED, Latency
 from tests.members import some_name
 from tests.processes import Child, Family, Latch, proven, until, use
 from tests.servers import ExclusiveServer
@@ -112,7 +112,9 @@ def assert_tells(scrape: Scrape, stats: PoolStats) -> None:
         "db_client_connection_pending_requests": stats.waiting,
         "db_client_connection_timeouts_total": stats.timeouts,
         "shmpool_resize_limit": stats.resize_limit,
-        "shmpool_connections_created_total": stats.created,
+        "shmpool_connection_lifetime_seconds_total": stats.lifetime_ns / 1e9,
+        "shmpool_mailbox_reads_total": stats.mailbox_reads,
+        "shmpool_failed_deposits_total": stats.failed_deposits,
         "shmpool_dial_attempts_total": stats.dial_attempts,
         "shmpool_dial_failures_total": stats.dial_failures,
         "shmpool_leaks_total": stats.leaks,
@@ -132,7 +134,12 @@ def assert_tells(scrape: Scrape, stats: PoolStats) -> None:
     used = {"idle": stats.idle, "used": stats.in_use}
     assert scrape.by(state, "db_client_connection_count", name) == used
     assert scrape.by("state", "shmpool_slots", name) == stats.connections
-    assert scrape.by("reason", "shmpool_connections_closed_total", name) == stats.closed
+    reasons = {reason: count for reason, count in stats.closed.items() if reason != UNCOUNTED}
+    assert scrape.by("reason", "shmpool_connections_closed_total", name) == reasons
+    kinds = stats.kinds.items()
+    assert scrape.by("kind", "shmpool_connections", name) == {kind: each.current for kind, each in kinds}
+    created = scrape.by("kind", "shmpool_connections_created_total", name)
+    assert created == {kind: each.created for kind, each in kinds}
     assert scrape.by("source", "shmpool_leases_total", name) == {each: getattr(stats, each) for each in SOURCES}
     assert scrape.by("kind", "shmpool_failed_calls_total", name) == {each: getattr(stats, each) for each in FAILURES}
     taken_back = {

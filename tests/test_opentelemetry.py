@@ -27,7 +27,7 @@ from shmpool.errors import PoolNotFound
 from shmpool.inspector import Inspector
 from shmpool.integrations.opentelemetry import instrument
 from shmpool.metrics import METRICS, Times
-from shmpool.stats import FAILURES, SOURCES
+from shmpool.stats import FAILURES, SOURCES, UNCOUNTED
 from tests.processes import Child, Family, Latch, proven, until, use
 from tests.servers import ExclusiveServer
 from tests.test_inspector import segment
@@ -124,7 +124,9 @@ def assert_tells(collected: Collected, stats: PoolStats) -> None:
         "db.client.connection.pending_requests": stats.waiting,
         "db.client.connection.timeouts": stats.timeouts,
         "shmpool.resize_limit": stats.resize_limit,
-        "shmpool.connections_created": stats.created,
+        "shmpool.connection_lifetime": stats.lifetime_ns / 1e9,
+        "shmpool.mailbox_reads": stats.mailbox_reads,
+        "shmpool.failed_deposits": stats.failed_deposits,
         "shmpool.dial_attempts": stats.dial_attempts,
         "shmpool.dial_failures": stats.dial_failures,
         "shmpool.leaks": stats.leaks,
@@ -146,7 +148,11 @@ def assert_tells(collected: Collected, stats: PoolStats) -> None:
         ("shmpool.pool_state", "shmpool.state"): {
             each: int(each == stats.state) for each in ("open", "paused", "draining", "closed")
         },
-        ("shmpool.connections_closed", "shmpool.reason"): stats.closed,
+        ("shmpool.connections_closed", "shmpool.reason"): {
+            reason: count for reason, count in stats.closed.items() if reason != UNCOUNTED
+        },
+        ("shmpool.connections", "shmpool.kind"): {kind: each.current for kind, each in stats.kinds.items()},
+        ("shmpool.connections_created", "shmpool.kind"): {kind: each.created for kind, each in stats.kinds.items()},
         ("shmpool.leases", "shmpool.source"): {each: getattr(stats, each) for each in SOURCES},
         ("shmpool.failed_calls", "shmpool.kind"): {each: getattr(stats, each) for each in FAILURES},
         ("shmpool.recovered", "shmpool.what"): {
@@ -293,7 +299,7 @@ def test_counters_begin_with_the_instrumentation(pool: Pool) -> None:
         pool.get().release()
         collected = report.collect()
         assert sum(collected.by("shmpool.source", "shmpool.leases", pool.name).values()) == 1
-        assert collected.value("shmpool.connections_created", pool.name) == 0
+        assert sum(collected.by("shmpool.kind", "shmpool.connections_created", pool.name).values()) == 0
         assert sum(collected.by(STATE, "db.client.connection.count", pool.name).values()) == 1
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from shmpool import Pool, PoolStats, PoolTimeout
 from shmpool.exporter import BOUNDS
-from shmpool.stats import SOURCES
+from shmpool.stats import SOURCES, UNCOUNTED
 from tests.processes import Family, proven, until, use
 from tests.servers import ExclusiveServer
 from tests.test_exporter import DEADLINE_S, GUIDE, POOL, Scrape, holder, scraped, served
@@ -243,7 +243,7 @@ def told(server: Prometheus, pool: str) -> dict[str, dict[str, float]]:
         "db_client_connection_max": "",
         "db_client_connection_timeouts_total": "",
         "db_client_connection_use_time_seconds_count": "",
-        "shmpool_connections_created_total": "",
+        "shmpool_connections_created_total": "kind",
         "shmpool_connections_closed_total": "reason",
         "shmpool_leases_total": "source",
         "shmpool_recovered_total": "what",
@@ -260,8 +260,8 @@ def expected(stats: PoolStats) -> dict[str, dict[str, float]]:
         "db_client_connection_max": {"": stats.max_connections},
         "db_client_connection_timeouts_total": {"": stats.timeouts},
         "db_client_connection_use_time_seconds_count": {"": stats.use_latency.count},
-        "shmpool_connections_created_total": {"": stats.created},
-        "shmpool_connections_closed_total": dict(stats.closed),
+        "shmpool_connections_created_total": {kind: each.created for kind, each in stats.kinds.items()},
+        "shmpool_connections_closed_total": {each: n for each, n in stats.closed.items() if each != UNCOUNTED},
         "shmpool_leases_total": {source: getattr(stats, source) for source in SOURCES},
         "shmpool_recovered_total": taken_back,
         "shmpool_slots": dict(stats.connections),
