@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from . import __version__, slab, steering
+from .doctor import Finding, examine
 from .errors import InvalidConfig, PoolError, PoolNotFound
 from .events import KINDS, Event, EventBatch
-from .inspector import Inspector, inspect, list_pools, unlink
+from .inspector import Inspector, PoolInfo, inspect, list_pools, unlink
 from .sockets import pack_peer
 from .views import View, can_draw, live_screen, pool_views, pools_view, print_views, printable
 
@@ -105,7 +106,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_looking(add)
     _add_steering(add)
 
-    doctor = add("doctor", _doctor, "remove what dead pools of this user left behind, and name what is damaged")
+    doctor = add(
+        "doctor",
+        _doctor,
+        "say what is wrong with pools and what to change; remove what dead ones left behind",
+        "Of each pool two looks are compared: its slab, leaks, starvation, whether the cap is large enough, "
+        "reconnects, descriptors, stopped and dead processes. With NAME nothing is removed. The status is 1 when a "
+        "pool is damaged or its callers suffer.",
+    )
+    doctor.add_argument("name", metavar="NAME", nargs="?", help="only this pool")
+    doctor.add_argument("--seconds", type=_seconds, default=1.0, metavar="S", help="between the two looks (default 1)")
     _add_json(doctor)
 
     unlinking = add("unlink", _unlink, "remove a pool that no process uses any more")
@@ -471,21 +481,40 @@ def _connections(count: int) -> str:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """0: nothing is wrong any more."""
-    removed = slab.reap()
-    pools = list_pools()
+    """0: nothing is wrong any more, or nothing that anybody suffers from."""
+    removed = [] if options.name else slab.reap()
+    pools = [info for info in list_pools() if options.name in (None, info.name)]
+    if options.name and not pools:
+        raise PoolNotFound(name=options.name)
     damaged = [info for info in pools if info.error]
+    living = [info.name for info in pools if info.alive and not info.error]
+    findings = examine(*living, seconds=options.seconds) if living else {}
+    worst = {name: found[0].severity for name, found in findings.items() if found}
     if options.json:
-        found = {"removed": removed, "pools": [dataclasses.asdict(info) for info in pools]}
-        print(json.dumps(found, indent=2))
-        return FAILED if damaged else 0
+        told = [
+            {**dataclasses.asdict(info), "findings": [each.to_dict() for each in findings.get(info.name, [])]}
+            for info in pools
+        ]
+        print(json.dumps({"removed": removed, "pools": told}, indent=2))
+    else:
+        _tell_findings(removed, damaged, findings)
+        broken = len(damaged) + sum(severity == "damage" for severity in worst.values())
+        sound = len(pools) - broken
+        print(f"{sound} {'pool is' if sound == 1 else 'pools are'} sound, {broken} damaged, {len(removed)} removed")
+    return FAILED if damaged or {"damage", "problem"} & set(worst.values()) else 0
+
+
+def _tell_findings(removed: Iterable[str], damaged: Iterable[PoolInfo], findings: dict[str, list[Finding]]) -> None:
     for each in removed:
         print(f"removed {each}: no process uses it any more")
     for info in damaged:
         print(f"{info.name}: {printable(info.error)}")
-    sound = len(pools) - len(damaged)
-    print(f"{sound} {'pool is' if sound == 1 else 'pools are'} sound, {len(damaged)} damaged, {len(removed)} removed")
-    return FAILED if damaged else 0
+    for name, found in findings.items():
+        if not found:
+            print(f"{name}: nothing is wrong")
+        for finding in found:
+            print(printable(f"{name}: {finding.severity}: {finding.what}"))
+            print(printable(f"    {finding.remedy}"))
 
 
 def _unlink(options: argparse.Namespace) -> int:

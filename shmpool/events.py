@@ -30,6 +30,7 @@ EventKind = Literal[
     "down",
     "up",
     "overdue",
+    "taken_at",
     "died",
     "joined",
     "left",
@@ -57,6 +58,7 @@ class Event:
     down          the server was found down; `text`: why
     up            the server answers again; `seconds` it was down
     overdue       a lease is out for longer than leak_timeout; `pid` holds it, for `seconds`
+    taken_at      (with leak_stacks) where that lease was taken; `text`: one frame, the innermost comes first
     died          process `pid` died; `count` slots were taken back from it
     joined, left  process `pid` takes part, or does no more
     state         `reason`: what the pool is now ("open", "paused", "draining", "closed")
@@ -122,7 +124,7 @@ def _event(
 def _describe(event: Event) -> str:
     which = f"connection {event.connection_id}"
     for_so_long = "" if event.seconds is None else f" after {_seconds(event.seconds)}"
-    why = f": {event.text}" if event.text else ""
+    why, at = (f"{joint}{event.text}" if event.text else "" for joint in (": ", " at "))
     texts: dict[EventKind, str] = {
         "opened": f"{which} is opened" + ("" if event.seconds is None else f" in {_seconds(event.seconds)}"),
         "closed": f"{which} ended{for_so_long}: {event.reason}",
@@ -131,6 +133,7 @@ def _describe(event: Event) -> str:
         "down": f"the server is down{why}",
         "up": f"the server answers again{for_so_long}",
         "overdue": f"{which} is out on lease for {_seconds(event.seconds or 0.0)}",
+        "taken_at": f"{which} was taken{at}",
         "died": f"this process died; {_slots(event.count or 0)} taken back",
         "joined": "this process takes part",
         "left": "this process has given its part back",

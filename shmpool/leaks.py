@@ -35,6 +35,8 @@ logger = logging.getLogger("shmpool.maintenance")
 
 GRACE_TICKS = 2
 _DEPTH_MAX = 40  # frames
+_PLACES_MAX = 8  # of which events are made
+_PLACE_BYTES, _NAME_BYTES = 63, 30
 
 
 class Taken(NamedTuple):
@@ -48,6 +50,10 @@ class Taken(NamedTuple):
         """As a traceback shows it, without its heading."""
         summary = [traceback.FrameSummary(code.co_filename, line, code.co_name) for code, line in self.frames]
         return "".join(traceback.StackSummary.from_list(summary[::-1]).format())
+
+    def places(self) -> list[str]:
+        """The innermost frames, each as an event can hold it: "handler (…/shop/views.py:42)"."""
+        return [_place(code, line) for code, line in self.frames[:_PLACES_MAX]]
 
 
 class Takers:
@@ -90,6 +96,16 @@ def _frames() -> tuple[tuple[CodeType, int], ...]:
     return tuple(found)
 
 
+def _place(code: CodeType, line: int) -> str:
+    """What is too long loses the beginning of its path."""
+    function, where = (text.encode(errors="replace") for text in (code.co_name, f"{code.co_filename}:{line})"))
+    start = function[:_NAME_BYTES] + b" ("
+    if len(start) + len(where) > _PLACE_BYTES:
+        start += "…".encode()
+        where = where[len(start) - _PLACE_BYTES :]
+    return (start + where).decode(errors="ignore")
+
+
 class Lender(Protocol):
     """What reporting needs of a pool."""
 
@@ -99,6 +115,7 @@ class Lender(Protocol):
     def config(self) -> PoolConfig: ...
     def _overdue(self, age: float, only_own: bool, /) -> list[tuple[int, int, int, int, float]]: ...
     def _report_leak(self, slot: int, word: int, /) -> bool: ...
+    def _note_frame(self, slot: int, connection: int, text: str, /) -> None: ...
     def _revoke(self, slot: int, word: int, /) -> bool: ...
 
 
@@ -119,6 +136,8 @@ def report_overdue(pool: Lender, takers: Takers, *, only_own: bool) -> int:
         taken = takers.of(slot, connection_id) if pid == os.getpid() else None  # a revoked slot is soon another's
         if not (pool._revoke(slot, word) if revoke else pool._report_leak(slot, word)):
             continue  # given back just now, or another process reports it
+        for place in taken.places() if taken else ():
+            pool._note_frame(slot, connection_id, place)
         report = LeakReport(
             connection_id=connection_id,
             slot=slot,

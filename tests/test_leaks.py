@@ -16,7 +16,7 @@ import pytest
 
 from shmpool import LeaseExpired, Pool, PoolConfig, PooledConnection
 from shmpool.hooks import ClosedConnection, LeakReport, call_on_close, call_on_leak
-from shmpool.leaks import Takers, report_overdue
+from shmpool.leaks import Taken, Takers, report_overdue
 from tests.processes import Family, proven, until, use
 from tests.servers import ExclusiveServer, ask, exclusive_use
 
@@ -36,6 +36,7 @@ class Overdue:
         self.pid = pid or os.getpid()
         self.asked: list[tuple[Any, ...]] = []
         self.ours = True
+        self.frames: list[tuple[int, int, str]] = []
 
     def _overdue(self, age: float, only_own: bool) -> list[tuple[int, int, int, int, float]]:
         self.asked.append(("overdue", age, only_own))
@@ -44,6 +45,9 @@ class Overdue:
     def _report_leak(self, slot: int, word: int) -> bool:
         self.asked.append(("report", slot, word))
         return self.ours
+
+    def _note_frame(self, slot: int, connection: int, text: str) -> None:
+        self.frames.append((slot, connection, text))
 
     def _revoke(self, slot: int, word: int) -> bool:
         self.asked.append(("revoke", slot, word))
@@ -119,6 +123,20 @@ def test_a_report(caplog: Any) -> None:
     extra = (record.pool, record.slot, record.connection_id, record.reason)
     assert extra == ("p", 3, 7, "overdue")
     assert pool.asked == [("overdue", 10, True), ("report", 3, 77)]
+    assert len(pool.frames) == 8
+    assert pool.frames[0][:2] == (3, 7)
+    assert pool.frames[0][2].startswith("take_here (")
+    assert pool.frames[0][2].endswith(f"test_leaks.py:{take_here.__code__.co_firstlineno + 1})")
+    assert pool.frames[1][2].startswith("test_a_report (")
+    assert max(len(text.encode()) for _, _, text in pool.frames) <= 63
+
+
+def test_a_place_keeps_the_end_of_its_path() -> None:
+    code = compile("0", "/very/long/" * 9 + "öffnen.py", "exec").replace(co_name="handle" * 9)
+    (place,) = Taken(7, "t", ((code, 42),)).places()
+    assert len(place.encode()) <= 63
+    assert place.startswith("handlehandlehandlehandlehandle (…")
+    assert place.endswith("/öffnen.py:42)")
 
 
 def test_what_another_process_reports_is_left_to_it(caplog: Any) -> None:

@@ -116,6 +116,9 @@ class FakePool:
     def _report_leak(self, slot: int, word: int) -> bool:
         return bool(self._answer("_report_leak", True, slot, word))
 
+    def _note_frame(self, slot: int, connection: int, text: str) -> None:
+        self._answer("_note_frame", None, slot, connection, text)
+
     def _revoke(self, slot: int, word: int) -> bool:
         return bool(self._answer("_revoke", True, slot, word))
 

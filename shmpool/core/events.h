@@ -28,6 +28,7 @@
     X(down, "the server was found down; text: why")                                                                    \
     X(up, "the server answers again; value: nanoseconds it was down")                                                  \
     X(overdue, "a lease is out for longer than leak_timeout; pid: its holder; value: nanoseconds")                     \
+    X(taken_at, "where an overdue lease was taken, a frame each, innermost first; text: the frame")                    \
     X(died, "a process died and was recovered; pid: whose; value: slots taken back")                                   \
     X(joined, "a process takes part")                                                                                  \
     X(left, "a process has given its part back")                                                                       \

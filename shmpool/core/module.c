@@ -313,8 +313,7 @@ static PyObject *lease_release(LeaseObject *lease, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-/* The beginning of a text, as an event can hold it; false: it is empty, or no UTF-8. */
-static bool note_text(PyObject *from, char *text)
+bool note_text(PyObject *from, char *text)
 {
     Py_ssize_t size = 0;
     const char *utf8 = PyUnicode_AsUTF8AndSize(from, &size);

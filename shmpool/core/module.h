@@ -99,6 +99,8 @@ void revoked_keep(PoolObject *self, const struct pool_claim *claim, PyObject *so
 LeaseObject *lease_new(PoolObject *self, const struct pool_claim *claim, uint32_t weight, uint64_t begun_ns);
 /* The lease is over. This may end the pool object: nothing of it is touched afterwards. */
 void lease_end(LeaseObject *lease);
+/* The beginning of a text, as an event can hold it; false: it is empty, or no UTF-8. */
+bool note_text(PyObject *from, char *text);
 extern PyTypeObject *lease_type;
 
 /* ---- module_entry.c ---- */
@@ -159,6 +161,7 @@ void drop_entries(PoolObject *self);
     X("_check_cut", care_check_cut, METH_VARARGS)                                                                      \
     X("_overdue", care_overdue, METH_VARARGS)                                                                          \
     X("_report_leak", care_report_leak, METH_VARARGS)                                                                  \
+    X("_note_frame", care_note_frame, METH_VARARGS)                                                                    \
     X("_revoke", care_revoke, METH_VARARGS)                                                                            \
     X("_ended_elsewhere", care_ended_elsewhere, METH_NOARGS)                                                           \
     X("_prewarm_note", care_prewarm_note, METH_VARARGS)                                                                \

@@ -535,6 +535,20 @@ PyObject *care_report_leak(PoolObject *self, PyObject *args)
     Py_RETURN_TRUE;
 }
 
+/* _note_frame(slot, connection, text) -> None: of the stack where this process took a lease that is overdue */
+PyObject *care_note_frame(PoolObject *self, PyObject *args)
+{
+    struct event event = {.kind = EVENT_taken_at};
+    unsigned long long connection;
+    PyObject *text;
+    if (!check_made(self) || !PyArg_ParseTuple(args, "IKU", &event.slot, &connection, &text))
+        return NULL;
+    event.connection = connection;
+    if (note_text(text, event.text))
+        event_note(&self->pool.slab, event);
+    Py_RETURN_NONE;
+}
+
 /* _revoke(slot, word) -> bool: take the lease's slot back and end its connection; the holder's next use of it raises LeaseExpired. What the holder
  * has in its hands (socket, session) is left to it: it may be in the middle of a call. */
 PyObject *care_revoke(PoolObject *self, PyObject *args)

@@ -234,12 +234,12 @@ PyObject *snapshot_build(struct slab *slab, int fd)
         return NULL;
     }
     return Py_BuildValue(
-        "{sssssssIsIsdsKsssIsIsIsIsK sN s(III) sN sN sN s(ssssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
+        "{sssssssIsIsdsKsssIsIsIsIsK sK sN s(III) sN sN sN s(ssssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
         header->target, "config", header->config, "uid", header->creator_uid, "creator_pid", header->creator_pid, "created_at",
         (double)header->created_realtime_ns / 1e9, "now", (unsigned long long)clock_now(), "state",
         steering_state_name(steering_now(slab)), "max_connections", steering_cap(slab), "resize_limit",
         header->max_slots - (header->listening ? SERVICE_RESERVED : 0), "max_workers", header->max_workers, "max_waiters", header->max_waiters, "size",
-        (unsigned long long)header->total_size, "upstream", upstream_dict(slab), "prewarm", SHM_LOAD(hint, header->prewarm_created),
+        (unsigned long long)header->total_size, "maintained_ns", (unsigned long long)SHM_LOAD(hint, header->maintained_ns), "upstream", upstream_dict(slab), "prewarm", SHM_LOAD(hint, header->prewarm_created),
         SHM_LOAD(hint, header->prewarm_failed), SHM_LOAD(hint, header->prewarm_done), "totals", totals, "kinds", kind_list(&kinds),
         "slots", slots, "slot_fields", "index", "state", "owner", "id", "bucket", "peer", "created_ns", "last_used_ns", "leased_ns", "uses",
         "flags", "checked_ns", "workers", worker_list(slab, fd), "worker_fields", "index", "pid", "alive", "started_ns", "generation",
