@@ -1,5 +1,5 @@
-"""The command line: `shmpool list`, `stats`, `top`, `events`, `export`; `pause`, `resume`, `drain`, `resize`, `evict`,
-`recover`, `close`; `doctor`, `unlink`, `demo`. Also `python -m shmpool`.
+"""The command line: `shmpool list`, `stats`, `top`, `events`, `serve`, `export`; `pause`, `resume`, `drain`, `resize`,
+`evict`, `recover`, `close`; `doctor`, `unlink`, `demo`. Also `python -m shmpool`.
 
 A command that looks at a pool does it through `inspector`, turns its `PoolStats` into views, and shows those: as plain
 lines, or, for `top` on a terminal, as a live picture. One that changes a pool calls the function of its name in
@@ -7,7 +7,8 @@ lines, or, for `top` on a terminal, as a live picture. One that changes a pool c
 standard error; the exit status is 0, or 1 when the command could not be done, or 2 when it was not understood.
 
 Not here: how the figures look (`views`), what they mean (`stats`), what is safe to open or to remove (`inspector`),
-what a change does (`steering`), the metrics for Prometheus (`exporter`), the demonstration (`demo`).
+what a change does (`steering`), the web view (`web`), the metrics for Prometheus (`exporter`), the demonstration
+(`demo`).
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _add_looking(add)
+    _add_serving(add)
     _add_steering(add)
 
     doctor = add(
@@ -186,6 +188,18 @@ def _add_looking(add: _Add) -> None:
     export.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)")
     export.add_argument("--port", type=_port, default=9464, metavar="N", help="default 9464; 0: any that is free")
     export.add_argument("--once", action="store_true", help="print the figures of this moment, and end")
+
+
+def _add_serving(add: _Add) -> None:
+    serve = add(
+        "serve",
+        _serve,
+        "show the pools in a web browser, with plots of the last ten minutes",
+        "Ctrl-C ends it. Anybody who can reach the address can look; nothing can be changed there.",
+    )
+    serve.add_argument("name", metavar="NAME", nargs="?", help="only this pool, which may come later (default: all)")
+    serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)")
+    serve.add_argument("--port", type=_port, default=9465, metavar="N", help="default 9465; 0: any that is free")
 
 
 def _add_steering(add: _Add) -> None:
@@ -532,6 +546,13 @@ def _export(options: argparse.Namespace) -> int:
         print(exposition(), end="")
     else:
         serve(options.host, options.port)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from .web import serve
+
+    serve(options.name, options.host, options.port)
     return 0
 
 
