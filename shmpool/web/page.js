@@ -37,7 +37,7 @@ function count(value) {
 }
 
 const share = (part, whole) => (whole ? `${+(part / whole * 100).toFixed(1)} %` : "–");
-const rate = (figures, value) => (figures && figures.interval ? value / figures.interval : null);
+const rate = (figures, value) => (figures.interval ? value / figures.interval : null);
 const FAILURES = ["timeouts", "exhausted", "refused", "dial_errors", "interrupted", "late_refusals"];
 const failures = (figures) => FAILURES.reduce((sum, name) => sum + (figures[name] ?? 0), 0);
 
@@ -112,14 +112,14 @@ const plots = [
     ],
   }],
   [{
-    title: "Waiting calls", show: count, whole: true, height: 75,
+    title: "Waiting calls", show: count, whole: true, height: 70,
     series: [{ name: "waiting", cls: "blue", area: true, of: (p) => p.waiting }],
   }, {
-    title: "Time in the queue", log: true, show: seconds, height: 75,
+    title: "Time in the queue", log: true, show: seconds, height: 70,
     series: [{ name: "p99", cls: "orange", of: (p) => p.wait_p99 }],
   }],
   [{
-    title: "Leases", unit: "per second", show: count,
+    title: "Leases", unit: "per second", show: count, height: 160,
     series: [
       { name: "leases", cls: "blue", of: (p) => p.leases },
       { name: "calls without one", cls: "red", of: (p) => p.failures },
@@ -138,9 +138,9 @@ const workersTable = new Table("workers", [
   { title: "idle", of: (w) => `${w.cached}` },
   { title: "waiting", of: (w) => `${w.waiting}` },
   { title: "gets/s", of: workerRate((w) => w.gets) },
-  { title: "own cache", of: (w) => (w.recent && w.successes ? share(w.hit_rate, 1) : "–") },
-  { title: "get p50", of: (w) => (w.recent && w.get_latency.count ? seconds(w.get_latency.p50) : "–") },
-  { title: "p99", of: (w) => (w.recent && w.get_latency.count ? seconds(w.get_latency.p99) : "–") },
+  { title: "own cache", of: (w) => (w.successes ? share(w.hit_rate, 1) : "–") },
+  { title: "get p50", of: (w) => (w.get_latency.count ? seconds(w.get_latency.p50) : "–") },
+  { title: "p99", of: (w) => (w.get_latency.count ? seconds(w.get_latency.p99) : "–") },
   { title: "age", of: (w) => seconds(w.age) },
 ], (w) => (w.alive ? "" : "quiet"));
 
@@ -171,26 +171,25 @@ const eventsTable = new Table("events", [
 
 function tiles(total, recent, workers) {
   const alive = workers.filter((worker) => worker.alive).length;
-  const timed = (latency) => (latency && latency.count ? latency : {});
-  const get = timed(recent?.get_latency), use = timed(recent?.use_latency);
-  const failed = failures(total), failing = recent ? failures(recent) : 0;
+  const timed = (latency) => (latency.count ? latency : {});
+  const get = timed(recent.get_latency), use = timed(recent.use_latency);
+  const failed = failures(total), failing = failures(recent);
   const full = total.max_connections && total.in_use >= total.max_connections;
   return [
     ["In use", `${total.in_use}`, `of ${total.max_connections}, ${share(total.in_use, total.max_connections)}`, full ? "fair" : ""],
-    ["Waiting", `${total.waiting}`, total.waiting ? `oldest ${seconds(total.oldest_wait)}` : "", total.waiting ? "fair" : ""],
-    ["Leases", count(rate(recent, recent?.successes)), "per second", ""],
-    ["get() p50 / p99", seconds(get.p50), `/ ${seconds(get.p99)}`, ""],
-    ["Lease p50 / p99", seconds(use.p50), `/ ${seconds(use.p99)}`, ""],
-    ["Out of the own cache", recent ? share(recent.hits, recent.successes) : "–", "", ""],
+    ["Waiting", `${total.waiting}`, total.waiting ? `oldest ${seconds(total.oldest_wait)}` : "nobody", total.waiting ? "fair" : ""],
+    ["Leases", count(rate(recent, recent.successes)), "per second", ""],
+    ["get() takes", seconds(get.p50), `p99 ${seconds(get.p99)}`, ""],
+    ["A lease lasts", seconds(use.p50), `p99 ${seconds(use.p99)}`, ""],
+    ["From the own cache", share(recent.hits, recent.successes), "of the leases", ""],
     ["Calls without one", count(rate(recent, failing)), `per second, ${count(failed)} in all`, failing ? "bad" : ""],
-    ["Workers", `${alive}`, total.recoveries ? `${count(total.recoveries)} died` : "", alive ? "" : "bad"],
+    ["Workers", `${alive}`, total.recoveries ? `${count(total.recoveries)} died` : "none died", alive ? "" : "bad"],
   ];
 }
 
 const tile = () => {
-  const made = element("div", "tile"), value = element("b");
-  value.append(element("span", "value unit-less"), " ", element("span", "unit"));
-  made.append(element("span"), value);
+  const made = element("div", "tile");
+  made.append(element("span", "title"), element("b"), element("span", "more"));
   return made;
 };
 
@@ -206,12 +205,15 @@ function showHead(pool, total) {
   put(byId("about"), `${total.target} · ${seconds(Math.max(0, age))} old · cap ${total.max_connections} · made by process ${total.pid}`);
 }
 
+const LAST_SEEN = "Below is what was seen last.";
+
 function alertsOf(pool) {
   const total = pool.total, late = pool.now - (pool.taken_at ?? pool.now);
   const found = [];
   if (pool.status === "damaged") found.push(["bad", `This pool cannot be read: ${pool.error}`]);
-  if (pool.status === "ended") found.push(["bad", `This pool has ended, at ${clock(pool.ended_at)}. Below is what was seen last.`]);
-  if (pool.status === "dead") found.push(["bad", "No process has this pool any more. Below is what was seen last."]);
+  const how = total?.state === "closed" ? "it was closed" : "its last process has left it";
+  if (pool.status === "ended") found.push(["bad", `This pool ended at ${clock(pool.ended_at)}: ${how}. ${LAST_SEEN}`]);
+  if (pool.status === "dead") found.push(["bad", `No process has this pool any more. ${LAST_SEEN}`]);
   if (pool.status === "paused") found.push(["fair", "This pool is paused: callers wait until it is resumed."]);
   if (pool.status === "draining") found.push(["fair", "This pool is draining: new callers are refused."]);
   const isLive = ["open", "paused", "draining", "closed"].includes(pool.status);
@@ -235,11 +237,11 @@ function showPool(pool) {
   byId("pool").hidden = !total;
   if (!total) return;
   showHead(pool, total);
-  fill(byId("tiles"), tiles(total, recent, workers), tile, (each, [title, value, unit, cls]) => {
+  fill(byId("tiles"), tiles(total, recent, workers), tile, (each, [title, value, more, cls]) => {
     style(each, `tile ${cls}`);
     put(each.children[0], title);
-    put(each.children[1].children[0], value);
-    put(each.children[1].children[1], unit);
+    put(each.children[1], value);
+    put(each.children[2], more);
   });
   const byUse = [...workers].sort((a, b) => b.alive - a.alive || b.gets - a.gets || a.index - b.index);
   const alive = workers.filter((worker) => worker.alive).length;
@@ -261,12 +263,13 @@ function showPlots(pool) {
 }
 
 function showPools(pools) {
-  fill(byId("pools"), pools, () => document.createElement("a"), (link, pool) => {
-    const over = pool.status === "ended" || pool.status === "dead";
+  const over = (pool) => pool.status === "ended" || pool.status === "dead";
+  const livingFirst = [...pools].sort((a, b) => over(a) - over(b));
+  fill(byId("pools"), livingFirst, () => document.createElement("a"), (link, pool) => {
     const down = pool.upstream === "down" || pool.upstream === "probing";
-    const figures = over || pool.in_use === null ? pool.status : `${pool.in_use}/${pool.max_connections}`;
+    const figures = over(pool) || pool.in_use === null ? pool.status : `${pool.in_use}/${pool.max_connections}`;
     put(link, `${pool.name} ${figures}${pool.status === "paused" || pool.status === "draining" ? ` ${pool.status}` : ""}`);
-    style(link, over ? "over" : pool.status === "damaged" || down ? "bad" : "");
+    style(link, over(pool) ? "over" : pool.status === "damaged" || down ? "bad" : "");
     link.href = `#${encodeURIComponent(pool.name)}`;
     link.title = pool.error || pool.target;
     if (pool.name === chosen) link.setAttribute("aria-current", "page");

@@ -7,6 +7,7 @@
 const GAP = 2.5;
 const MARGIN = { left: 52, right: 10, top: 8, bottom: 20 };
 const STEPS = [10, 30, 60, 120, 300]; // seconds between two ticks of the time axis
+const DOT = "m-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0";
 
 export function element(tag, cls = "", text = "") {
   const made = document.createElement(tag);
@@ -44,9 +45,7 @@ export class Plot {
       shape("path", { class: `series ${each.cls}${each.area ? " area" : ""}${each.dash ? " dash" : ""}` }));
     this.hair = shape("path", { class: "hair" });
     this.svg.append(this.grid, ...this.paths, this.hair);
-    const box = element("div");
-    box.append(head, this.svg, this.tip);
-    parent.append(box);
+    parent.append(head, this.svg, this.tip);
     this.box = parent;
     this.values = this.series.map((each) => {
       const item = element("span");
@@ -165,11 +164,11 @@ export class Plot {
     const tops = this.tops[at];
     const below = series.area && at > 0 && this.series[at - 1].area ? this.tops[at - 1] : null;
     return this.runs(at).map((run) => {
-      const line = run.map((index, place_) => {
-        const level = series.step && place_ > 0 ? `H${this.x(this.points[index].time).toFixed(1)}` : "";
-        return `${level}${place_ ? "L" : "M"}${place(index, tops[index])}`;
+      const line = run.map((index, nth) => {
+        const level = series.step && nth ? `H${this.x(this.points[index].time).toFixed(1)}` : "";
+        return `${level}${nth ? "L" : "M"}${place(index, tops[index])}`;
       }).join("");
-      if (!series.area) return run.length > 1 ? line : `${line}h.1`;
+      if (!series.area) return run.length > 1 ? line : `${line}${DOT}`;
       const back = [...run].reverse().map((index) => `L${place(index, below?.[index] ?? 0)}`).join("");
       return `${line}${back}Z`;
     }).join("");
@@ -202,10 +201,11 @@ export class Plot {
       row.append(name, element("b", "", this.text(each.of(near))));
       return row;
     }));
-    const left = this.svg.offsetLeft + x;
+    const box = this.box.getBoundingClientRect(), svg = this.svg.getBoundingClientRect();
+    const left = svg.left - box.left + x;
     const room = this.box.clientWidth - this.tip.offsetWidth - 4;
     this.tip.style.left = `${Math.max(4, Math.min(left + 12 > room ? left - 12 - this.tip.offsetWidth : left + 12, room))}px`;
-    this.tip.style.top = `${this.svg.offsetTop + 8}px`;
+    this.tip.style.top = `${svg.top - box.top + 8}px`;
   }
 }
 
