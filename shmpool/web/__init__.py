@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import parse_qs, unquote
 
 from ..errors import PoolError
@@ -135,7 +135,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, recorder: Recorder, host: str, port: int) -> None:
         self.recorder, self.host = recorder, host
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        package = resources.files(__package__)
+        package = resources.files(__name__)
         self.assets = {path: (package.joinpath(name).read_bytes(), kind) for path, (name, kind) in _ASSETS.items()}
         super().__init__((host, port), _Handler)
 
@@ -151,7 +151,6 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # an answer is one write: its end does not wait for the client's acknowledgement of its beginning
     timeout = _SILENCE_S
@@ -174,16 +173,20 @@ class _Handler(BaseHTTPRequestHandler):
         """What the answer says of who answers: no versions."""
         return "shmpool"
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the base class calls it
         """Requests are not logged."""
+
+    @property
+    def _served(self) -> _Server:
+        return cast("_Server", self.server)
 
     def _found(self) -> _Answer:
         if not self._is_meant():
             text = "this host name is not served: open it by the address that `shmpool serve` prints"
             return _refusal(HTTPStatus.FORBIDDEN, text)
         path, _, query = self.path.partition("?")
-        if path in self.server.assets:
-            body, kind = self.server.assets[path]
+        if path in self._served.assets:
+            body, kind = self._served.assets[path]
             return _Answer(HTTPStatus.OK, kind, body)
         try:
             figures = self._figures(path, query)
@@ -194,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         return _Answer(HTTPStatus.OK, "application/json", json.dumps(figures, separators=(",", ":")).encode())
 
     def _figures(self, path: str, query: str) -> dict[str, object] | None:
-        recorder = self.server.recorder
+        recorder = self._served.recorder
         if path == "/api/pools":
             return recorder.pools()
         found = re.fullmatch(r"/api/pools/([^/]+)(/history)?", path)
@@ -212,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not found:
             return False
         local = str(self.connection.getsockname()[0]).removeprefix("::ffff:")
-        return (found[1] or found[2]).lower() in _LOOPBACK | {self.server.host.lower(), local}
+        return (found[1] or found[2]).lower() in _LOOPBACK | {self._served.host.lower(), local}
 
     def _send(self, answer: _Answer) -> None:
         self.send_response(answer.status)

@@ -284,15 +284,32 @@ function say(text) {
 
 // Asking -----------------------------------------------------------------------------------------------------------
 
+class Silence extends Error {}
+
+// null: there is no such pool. Throws a Silence when there is no answer that makes sense.
 async function ask(path) {
-  const answer = await fetch(path, { signal: AbortSignal.timeout(10000) });
-  if (answer.status === 404) return null;
-  if (!answer.ok) throw new Error(await answer.text());
-  return answer.json();
+  try {
+    const answer = await fetch(path, { signal: AbortSignal.timeout(10000) });
+    if (answer.status === 404) return null;
+    if (!answer.ok) throw new Error(await answer.text());
+    return await answer.json();
+  } catch (error) {
+    throw new Silence(error.message);
+  }
+}
+
+// The name after the # of the address.
+function named() {
+  const text = location.hash.slice(1);
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 function choose(pools) {
-  const wanted = decodeURIComponent(location.hash.slice(1));
+  const wanted = named();
   const first = pools.find((pool) => !["ended", "dead", "damaged"].includes(pool.status)) ?? pools[0];
   const name = wanted || (pools.some((pool) => pool.name === chosen) ? chosen : first?.name ?? null);
   if (name !== chosen) forget();
@@ -307,6 +324,7 @@ async function look() {
   document.title = chosen === null ? "shmpool" : `${chosen} – shmpool`;
   showPools(all.pools);
   if (chosen === null) return nothing("There are no pools of this user. They are shown when they come.");
+  if (!all.pools.some((pool) => pool.name === chosen)) return nothing(`There is no pool ${chosen}.`);
   const path = `/api/pools/${encodeURIComponent(chosen)}`;
   const [pool, history] = await Promise.all([ask(`${path}?events=${nextEvent}`), ask(`${path}/history?since=${nextPoint}`)]);
   if (!pool || !history) return nothing(`There is no pool ${chosen}.`);
@@ -343,9 +361,10 @@ async function turn() {
     await look();
     silentSince = null;
   } catch (error) {
+    if (!(error instanceof Silence)) throw error;
     silentSince ??= Date.now() / 1000;
-    const what = `The serving process does not answer since ${clock(silentSince)} (${error.message}): what is shown is old.`;
-    showAlerts([["bad", what]]);
+    const since = `The serving process has not answered since ${clock(silentSince)}`;
+    showAlerts([["bad", `${since} (${error.message}): what is shown is old.`]]);
   } finally {
     asking = false;
     document.body.classList.toggle("old", silentSince !== null);
