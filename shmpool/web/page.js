@@ -211,7 +211,7 @@ function alertsOf(pool) {
   const total = pool.total, late = pool.now - (pool.taken_at ?? pool.now);
   const found = [];
   if (pool.status === "damaged") found.push(["bad", `This pool cannot be read: ${pool.error}`]);
-  const how = total?.state === "closed" ? "it was closed" : "its last process has left it";
+  const how = total?.state === "closed" ? "it was closed" : "no process has it any more";
   if (pool.status === "ended") found.push(["bad", `This pool ended at ${clock(pool.ended_at)}: ${how}. ${LAST_SEEN}`]);
   if (pool.status === "dead") found.push(["bad", `No process has this pool any more. ${LAST_SEEN}`]);
   if (pool.status === "paused") found.push(["fair", "This pool is paused: callers wait until it is resumed."]);
