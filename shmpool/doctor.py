@@ -290,7 +290,9 @@ def _starvation(case: Case) -> Iterator[Finding]:
     """Somebody waits for long, and nothing comes back."""
     now = case.now
     limit = case.seconds("get_timeout", math.inf)
-    if now.oldest_wait < max(SOON_S, min(STARVED_S, limit / 2)) or now.state != "open" or now.upstream in ("down", "probing"):
+    if now.state != "open" or now.upstream in ("down", "probing"):
+        return  # that is why
+    if now.oldest_wait < max(SOON_S, min(STARVED_S, limit / 2)):
         return
     holders = sorted((slot for slot in now.slots if slot.state == "leased"), key=lambda slot: -(slot.since or 0))
     counts = Counter(slot.holder for slot in holders)

@@ -51,6 +51,7 @@ _FLAGS = ("private", "unmailed", "ending")
 _CLOSED = "closed_"
 # The reason of an end that has not been counted yet, or never is, because its process died before it could.
 UNCOUNTED = "uncounted"
+_ROWS = frozenset({"workers", "slots", "waiters"})
 # Why a connection was at fault, or the way to it.
 _ERRORS = ("broken", "dirty", "error", "letter", "unhealthy", "refused")
 _DOWN = frozenset({"down", "probing"})
@@ -69,8 +70,10 @@ class _Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Every figure by name, in types that JSON has."""
-        names = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
-        return {name: _plain(getattr(self, name)) for name in (*names, *self._computed)}
+        return {name: _plain(getattr(self, name)) for name in self._names()}
+
+    def _names(self) -> tuple[str, ...]:
+        return (*(name for name in self.__dataclass_fields__ if not name.startswith("_")), *self._computed)
 
 
 def _plain(value: object) -> object:
@@ -181,13 +184,14 @@ class ConnectionCounts(_Record):
 class WaiterStats(_Record):
     """A call that waits in the queue: of which process and thread (as the kernel numbers it), for how many seconds.
 
-    `wants` are the kinds that would do.
+    `wants` are the kinds that would do; `state` is "waiting", or "matched": a connection is on its way to it.
     """
 
     pid: int | None
     thread: int
     waited: float
     wants: tuple[str, ...]
+    state: str
 
 
 @dataclass(frozen=True)
@@ -288,15 +292,13 @@ class PoolStats(_Record):
     recovered_offers: int = 0
     recovered_waiters: int = 0
 
-    # seconds
-    get_latency: Latency  # call of get() to its return
-    wait_latency: Latency  # in the queue
-    use_latency: Latency  # lease to release
-    dial_latency: Latency
-
     _snapshot: Mapping[str, Any] = field(repr=False, compare=False)
 
     _computed: ClassVar[tuple[str, ...]] = (
+        "get_latency",
+        "wait_latency",
+        "use_latency",
+        "dial_latency",
         "workers",
         "slots",
         "waiters",
@@ -353,10 +355,6 @@ class PoolStats(_Record):
             prewarm_done=bool(done),
             closed=_closed(counters, sum(each.closed for each in kinds.values())),
             kinds=kinds,
-            get_latency=Latency.from_histogram(_merged(worker["get_hist"] for worker in workers)),
-            wait_latency=Latency.from_histogram(snapshot["wait_hist"]),
-            use_latency=Latency.from_histogram(_merged(worker["use_hist"] for worker in workers)),
-            dial_latency=Latency.from_histogram(snapshot["dial_hist"]),
             _snapshot=snapshot,
             **{name: counters[name] for name in counters if name in known},
         )
@@ -372,7 +370,31 @@ class PoolStats(_Record):
         """A count of this interval as a rate."""
         return _ratio(count, self.interval)
 
-    # The rows cost more than all the rest: they are made when they are asked for.
+    # Times and rows cost more than all the rest: they are made when they are asked for.
+
+    def figures(self) -> dict[str, Any]:
+        """What to_dict() has, without workers, slots and waiters."""
+        return {name: _plain(getattr(self, name)) for name in self._names() if name not in _ROWS}
+
+    @functools.cached_property
+    def get_latency(self) -> Latency:
+        """From the call of get() to its return with a connection."""
+        return Latency.from_histogram(_merged(_column(self._snapshot, "worker", "get_hist")))
+
+    @functools.cached_property
+    def wait_latency(self) -> Latency:
+        """In the queue, however that ended; calls that did not wait are not in it."""
+        return Latency.from_histogram(self._snapshot["wait_hist"])
+
+    @functools.cached_property
+    def use_latency(self) -> Latency:
+        """From lease to release."""
+        return Latency.from_histogram(_merged(_column(self._snapshot, "worker", "use_hist")))
+
+    @functools.cached_property
+    def dial_latency(self) -> Latency:
+        """Of dials, failed ones too."""
+        return Latency.from_histogram(self._snapshot["dial_hist"])
 
     @functools.cached_property
     def workers(self) -> tuple[WorkerStats, ...]:
@@ -550,6 +572,7 @@ def _waiter_stats(snapshot: Mapping[str, Any]) -> tuple[WaiterStats, ...]:
             thread=waiter["tid"],
             waited=_elapsed(snapshot, waiter["since_ns"]),
             wants=tuple(kind for bit, kind in enumerate(KINDS) if waiter["mask"] >> bit & 1),
+            state=waiter["state"],
         )
         for waiter in _rows(snapshot, "waiter")
     )
@@ -667,5 +690,8 @@ def _less(later: Mapping[str, int], earlier: Mapping[str, int]) -> dict[str, int
 
 
 def _histogram_less(later: _Histogram, earlier: _Histogram) -> list[tuple[int, int, int]]:
+    if later == earlier:
+        return []
     old = {(lower, upper): count for lower, upper, count in earlier}
-    return [(lower, upper, count - old.get((lower, upper), 0)) for lower, upper, count in later]
+    rows = ((lower, upper, count - old.get((lower, upper), 0)) for lower, upper, count in later)
+    return [row for row in rows if row[2]]

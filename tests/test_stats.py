@@ -440,7 +440,7 @@ def test_who_waits() -> None:
     waiters = (waiter(0, 0, 0.5), {**waiter(1, 1, 2.0), "mask": 0b00101, "tid": 77})
     first, second = stats_of(workers=(worker(0), worker(1)), waiters=waiters).waiters
     assert (first.pid, first.thread, first.waited, first.wants) == (101, 77, 2.0, ("tcp4", "udp4"))
-    assert (second.pid, second.waited, second.wants) == (100, 0.5, KINDS)
+    assert (second.pid, second.waited, second.wants, second.state) == (100, 0.5, KINDS, "waiting")
 
 
 # Differences --------------------------------------------------------------------------------------------------------
@@ -608,7 +608,7 @@ def test_calls_after_the_end_count(url: str) -> None:
 
 # A consistent cut ---------------------------------------------------------------------------------------------------
 
-CUT_S = 3.0
+LOOKS, LOOKS_A_LIFE = 400, 20
 
 
 def assert_balanced(stats: PoolStats) -> None:
@@ -662,23 +662,22 @@ def test_every_snapshot_balances_under_load_and_deaths(server: ExclusiveServer, 
     settings: dict[str, Any] = {"max_connections": 3, "min_connections": 0, "get_timeout": 30}
     with Pool(dial=dial, **settings) as pool, shmpool.inspect(pool.name) as inspector:
         workers = [family.fork(churn) for _ in range(3)]
-        end, kill_at, kills = time.monotonic() + CUT_S, 0.0, 0
-        last, taken = pool.stats(), 0
-        while time.monotonic() < end:
-            stats = (pool if taken % 2 else inspector).stats()
+        last, kills = pool.stats(), 0
+        for look in range(LOOKS):
+            stats = (pool if look % 2 else inspector).stats()
             assert_balanced(stats)
             assert_nothing_is_taken_back(last, stats)
-            last, taken = stats, taken + 1
-            if time.monotonic() > kill_at:
-                kill_at, kills = time.monotonic() + 0.1, kills + 1
+            last = stats
+            if look % LOOKS_A_LIFE == 0:
+                until(lambda before=last.created: pool.stats().created > before, "they are at work")
                 workers.pop(0).kill()
                 workers.append(family.fork(churn))
+                kills += 1
         for each in workers:
             each.kill()
         kills += len(workers)
         pool.maintain()
         assert_balanced(pool.stats())
-        assert taken > 100
-        assert pool.stats().created > 100
+        assert pool.stats().created >= LOOKS // LOOKS_A_LIFE
         assert pool.stats().closed[UNCOUNTED] <= kills
         assert 0 <= pool.stats().dial_attempts - pool.stats().created - pool.stats().dial_failures <= kills

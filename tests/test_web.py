@@ -167,7 +167,7 @@ def test_the_figures_of_a_pool(members: Callable[..., Members], name: str) -> No
         ):
             assert [[row[key] for key in keys] for row in told[what]] == [[row[key] for key in keys] for row in rows]
         assert [(row["pid"], row["state"]) for row in told["waiters"]] == [(waiter.pid, "waiting")]
-        assert 0 < told["waiters"][0]["since"] < DEADLINE_S
+        assert 0 < told["waiters"][0]["waited"] < DEADLINE_S
         point = server.points(name)[-1]
         assert (point["in_use"], point["idle"], point["busy"], point["waiting"], point["cap"]) == (3, 0, 0, 1, 3)
         assert (point["leases"], point["failures"], point["get_p50"], point["wait_p99"]) == (0, 0, None, None)

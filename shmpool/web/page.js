@@ -157,7 +157,8 @@ const connectionsTable = new Table("connections", [
 const waitersTable = new Table("waiters", [
   { title: "process", of: (w) => `${w.pid ?? "–"}` },
   { title: "thread", of: (w) => `${w.thread}` },
-  { title: "since", of: (w) => seconds(w.since) },
+  { title: "since", of: (w) => seconds(w.waited) },
+  { title: "for", cls: "words", of: (w) => (w.wants.length === 5 ? "any" : w.wants.join(", ")) },
   { title: "", cls: "words", of: (w) => (w.state === "waiting" ? "" : "gets one now") },
 ]);
 

@@ -8,9 +8,6 @@ Invariants: answers are of plain JSON types. What is kept is bounded: `POINTS_MA
 pool, and `ENDED_MAX` pools that have ended. A name that is asked for is looked up here and nowhere else. The lock is
 held for one look at one pool, or for one answer.
 
-A look costs what has happened since the one before: of the histograms, which hold the times of the pool's life, only
-the buckets that have grown become figures.
-
 Not here: HTTP (`web`), what the figures mean (`stats`), opening a pool (`inspector`).
 """
 
@@ -76,12 +73,11 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Look:
-    """A pool at a moment: `stats` without times, and `change` since the look before; at the first its interval is 0."""
+    """A pool at a moment: `stats`, and `change` since the look before; at the first its interval is 0."""
 
     time: float
     stats: PoolStats
     change: PoolStats
-    waiters: list[dict[str, Any]]
 
     def point(self) -> Point:
         """Its part of the plots."""
@@ -104,13 +100,14 @@ class Look:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures: of the pool's life, and of the time since the look before, of which the workers' are too."""
-        total, recent = self.stats.to_dict(), self.change.to_dict()
-        connections, workers = total.pop("slots"), recent.pop("workers")
-        del total["workers"], recent["slots"]
-        for name in [name for name in total if name.endswith("_latency")]:
-            del total[name]
-        rows = {"workers": workers, "connections": connections, "waiters": self.waiters}
-        return {"taken_at": self.time, "total": total, "recent": recent, **rows}
+        return {
+            "taken_at": self.time,
+            "total": self.stats.figures(),
+            "recent": self.change.figures(),
+            "workers": [each.to_dict() for each in self.change.workers],
+            "connections": [each.to_dict() for each in self.stats.slots],
+            "waiters": [each.to_dict() for each in self.stats.waiters],
+        }
 
 
 class Record:
@@ -127,7 +124,6 @@ class Record:
         self._is_alive = False
         self._inode: int | None = None
         self._inspector: Inspector | None = None
-        self._times: _Times = {}  # at the newest look
         self._next_event = 0
         self._event_is_stuck = False  # half written at the last look: for ever, if its process died
 
@@ -180,14 +176,9 @@ class Record:
         was_alive, self._is_alive = self._is_alive, inspector.alive
         if not (self._is_alive or was_alive or is_first):
             return
-        snapshot = inspector.snapshot()
-        stats = PoolStats.from_snapshot(_with_times(snapshot, {}))
-        before, times = self._times, _times(snapshot)
-        added = {} if is_first else {key: _added(each, before.get(key, [])) for key, each in times.items()}
+        stats = inspector.stats()
         earlier = self.newest.stats if self.newest and not is_first else stats
-        change = PoolStats.from_snapshot(_with_times(snapshot, added)).diff(earlier)
-        self._times = times
-        self.newest = Look(time.time(), stats, change, _waiters(snapshot, stats))
+        self.newest = Look(time.time(), stats, stats.diff(earlier))
         if self._is_alive:
             self.points.add(self.newest.point())
         self._read_events(inspector, is_first)
@@ -203,60 +194,11 @@ class Record:
             self.events_lost += batch.lost
 
 
-# Of a snapshot, by name and worker (those of the pool: no worker).
-_Histogram = list[tuple[int, int, int]]  # (lower ns, upper ns, count) of the buckets that are not empty
-_Times = dict[tuple[str, int], _Histogram]
-_OF_POOL, _OF_WORKERS, _NO_WORKER = ("wait_hist", "dial_hist"), ("get_hist", "use_hist"), -1
-
-
-def _times(snapshot: dict[str, Any]) -> _Times:
-    places = [(name, snapshot["worker_fields"].index(name)) for name in _OF_WORKERS]
-    index = snapshot["worker_fields"].index("index")
-    return {
-        **{(name, _NO_WORKER): snapshot[name] for name in _OF_POOL},
-        **{(name, row[index]): row[place] for row in snapshot["workers"] for name, place in places},
-    }
-
-
-def _with_times(snapshot: dict[str, Any], times: _Times) -> dict[str, Any]:
-    """The snapshot with these histograms in place of its own, and empty ones where there are none."""
-    workers = []
-    for row in snapshot["workers"]:
-        named = dict(zip(snapshot["worker_fields"], row, strict=True))
-        named.update((name, times.get((name, named["index"]), [])) for name in _OF_WORKERS)
-        workers.append(tuple(named.values()))
-    return {**snapshot, "workers": workers, **{name: times.get((name, _NO_WORKER), []) for name in _OF_POOL}}
-
-
-def _added(later: _Histogram, earlier: _Histogram) -> _Histogram:
-    """The buckets that have grown, with by how much."""
-    if later == earlier:
-        return []
-    old, new = set(earlier), set(later)
-    before = {(lower, upper): count for lower, upper, count in old - new}
-    return [(lower, upper, count - before.get((lower, upper), 0)) for lower, upper, count in new - old]
-
-
 def _inode(name: str) -> int | None:
     try:
         return os.lstat(slab.checked_path(name)).st_ino
     except OSError:
         return None
-
-
-def _waiters(snapshot: dict[str, Any], stats: PoolStats) -> list[dict[str, Any]]:
-    """The calls in the queue, the oldest first: whose they are, and for how many seconds they have been there."""
-    pids = {worker.index: worker.pid for worker in stats.workers}
-    rows = [dict(zip(snapshot["waiter_fields"], row, strict=True)) for row in snapshot["waiters"]]
-    return [
-        {
-            "pid": pids.get(row["worker"]),
-            "thread": row["tid"],
-            "state": row["state"],
-            "since": max(0, snapshot["now"] - row["since_ns"]) / 1e9,
-        }
-        for row in sorted(rows, key=lambda each: int(each["since_ns"]))
-    ]
 
 
 class Recorder:
