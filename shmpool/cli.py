@@ -2,7 +2,7 @@
 `evict`, `recover`, `close`; `doctor`, `unlink`, `demo`. Also `python -m shmpool`.
 
 A command that looks at a pool does it through `inspector`, turns its `PoolStats` into views, and shows those: as plain
-lines, or, for `top` on a terminal, as a live picture. One that changes a pool calls the function of its name in
+lines, or, for `top` on a terminal, live (`top`). One that changes a pool calls the function of its name in
 `steering`, and says in one line what has happened and what that means. Results go to standard output and errors to
 standard error; the exit status is 0, or 1 when the command could not be done, or 2 when it was not understood.
 
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,8 @@ from .errors import InvalidConfig, PoolError, PoolNotFound
 from .events import KINDS, Event, EventBatch
 from .inspector import Inspector, PoolInfo, inspect, list_pools, unlink
 from .sockets import pack_peer
-from .views import View, can_draw, live_screen, pool_views, pools_view, print_views, printable
+from .stats import PoolStats
+from .views import can_draw, live_screen, on_a_terminal, pool_views, pools_view, print_views, printable
 
 __all__ = ["main"]
 
@@ -42,6 +44,7 @@ _EVENT_PATIENCE_S = 0.5  # an event takes less than a microsecond to write, if i
 
 
 _Command = Callable[[argparse.Namespace], int]
+_Look = tuple[PoolStats, PoolStats, bool]  # now, what an interval has changed, whether a process has the pool
 
 
 class _Refusal(Exception):
@@ -173,10 +176,17 @@ def _add_looking(add: _Add) -> None:
     )
     events.add_argument("--json", action="store_true", help="as JSON, an object a line")
 
-    top = add("top", _top, "show a pool at work; Ctrl-C ends it")
+    top = add(
+        "top",
+        _top,
+        "show a pool at work, live; q ends it",
+        "On a terminal it is a view with keys (? tells them), with `pip install 'shmpool[cli]'`; elsewhere it is plain "
+        "text, a look each interval.",
+    )
     name_of(top)
     top.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks (default 1)")
     top.add_argument("--once", action="store_true", help="print one look, over one interval, and end")
+    top.add_argument("--json", action="store_true", help="as JSON, a look a line")
 
     export = add(
         "export",
@@ -337,25 +347,37 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _top(options: argparse.Namespace) -> int:
-    with inspect(_name(options)) as inspector:
-        looks = _looks(inspector, options.interval)
+    if not (options.once or options.json) and on_a_terminal() and sys.stdin.isatty():
         try:
-            if options.once:
-                print_views(next(looks))
-            elif can_draw():
-                with live_screen(alternate=True) as draw:
-                    for views in looks:
-                        draw(views)
-            else:
-                for views in looks:
-                    print_views(views)
-                    print(flush=True)
-        except KeyboardInterrupt:  # the way to end it
+            from .top import run
+        except ImportError as error:
+            print(f"shmpool: {error}", file=sys.stderr)
+        else:
+            choosing = options.name is None and len(list_pools()) > 1
+            if said := run(None if choosing else _name(options), options.interval):
+                print(said)
             return 0
-        if not options.once:
+    with inspect(_name(options)) as inspector, contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        looks = _looks(inspector, options.interval)
+        _print_looks(itertools.islice(looks, 1) if options.once else looks, options)
+        if not (options.once or options.json):
             closed = inspector.stats().state == "closed"
             print(f"pool {inspector.name!r} {'is closed' if closed else 'is used by no process any more'}")
     return 0
+
+
+def _print_looks(looks: Iterable[_Look], options: argparse.Namespace) -> None:
+    if options.json:
+        for _, change, alive in looks:
+            print(json.dumps({**change.to_dict(), "alive": alive}), flush=True)
+    elif can_draw() and not options.once:
+        with live_screen(alternate=True) as draw:
+            for now, change, alive in looks:
+                draw(pool_views(now, change, alive=alive))
+    else:
+        for now, change, alive in looks:
+            print_views(pool_views(now, change, alive=alive))
+            print(end="" if options.once else "\n", flush=True)
 
 
 def _events(options: argparse.Namespace) -> int:
@@ -402,13 +424,13 @@ def _event_line(event: Event) -> str:
     return f"{moment}  {event.pid:>7}  {event.kind:<11}  {event.describe()}"
 
 
-def _looks(inspector: Inspector, interval: float) -> Iterator[list[View]]:
+def _looks(inspector: Inspector, interval: float) -> Iterator[_Look]:
     """What each interval brought, until the pool ends."""
     before = inspector.stats()
     while True:
         time.sleep(interval)
         now, alive = inspector.stats(), inspector.alive
-        yield pool_views(now, now.diff(before), alive=alive)
+        yield now, now.diff(before), alive
         if now.state == "closed" or not alive:
             return
         before = now

