@@ -19,6 +19,7 @@ Not here: taking the snapshot (the core, `inspector`), and showing it (`cli`).
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import json
@@ -103,26 +104,20 @@ class Latency(_Record):
     def from_histogram(cls, histogram: _Histogram) -> Latency:
         """The figures of [(lower ns, upper ns, count), ...]."""
         rows = sorted(row for row in histogram if row[2] > 0)
-        count = sum(row[2] for row in rows)
-        if not count:
+        if not rows:
             return cls()
-        total = sum(_middle(row) * row[2] for row in rows)
-        p50, p95, p99, p999 = (_percentile(rows, count, share) for share in (0.5, 0.95, 0.99, 0.999))
-        return cls(count, total, total / count, p50, p95, p99, p999, _middle(rows[-1]))
+        middles = [(lower + upper) / 2e9 for lower, upper, _ in rows]
+        up_to = list(itertools.accumulate(row[2] for row in rows))
+        count = up_to[-1]
+        total = sum(middle * row[2] for middle, row in zip(middles, rows, strict=True))
 
+        def percentile(share: float) -> float:
+            """The bucket that holds the value at rank ceil(share * count)."""
+            at = bisect.bisect_left(up_to, math.ceil(share * count))
+            return middles[min(at, len(middles) - 1)]  # a rank of a damaged slab may be rounded up
 
-def _middle(row: tuple[int, int, int]) -> float:
-    return (row[0] + row[1]) / 2e9
-
-
-def _percentile(rows: _Histogram, count: int, share: float) -> float:
-    """The bucket that holds the value at rank ceil(share * count)."""
-    rank = math.ceil(share * count)
-    for row in rows:
-        rank -= row[2]
-        if rank <= 0:
-            return _middle(row)
-    return _middle(rows[-1])
+        p50, p95, p99, p999 = map(percentile, (0.5, 0.95, 0.99, 0.999))
+        return cls(count, total, total / count, p50, p95, p99, p999, middles[-1])
 
 
 @dataclass(frozen=True)
@@ -696,6 +691,8 @@ def _histogram_less(later: _Histogram, earlier: _Histogram) -> list[tuple[int, i
     if len(later) == len(earlier):
         differ = list(map(operator.ne, later, earlier))
         later, earlier = list(itertools.compress(later, differ)), list(itertools.compress(earlier, differ))
+    else:
+        later, earlier = list(set(later).difference(earlier)), list(set(earlier).difference(later))
     old = {(lower, upper): count for lower, upper, count in earlier}
     rows = ((lower, upper, count - old.get((lower, upper), 0)) for lower, upper, count in later)
     return [row for row in rows if row[2]]

@@ -327,12 +327,21 @@ def _rate(change: PoolStats, count: int) -> str:
 
 
 def _length(line: Iterable[Part]) -> int:
-    return sum(cell_len(part.text) for part in line)
+    return sum(_width(part.text) for part in line)
+
+
+def _width(text: str) -> int:
+    """In columns of the terminal; most texts are plain, and quickly measured."""
+    return len(text) if text.isascii() else cell_len(text)
+
+
+def _filled(text: str, width: int) -> str:
+    return text.ljust(width) if text.isascii() else set_cell_size(text, width)
 
 
 def _cut(text: str, width: int) -> str:
     """The text, or its beginning and "…"."""
-    if cell_len(text) <= width:
+    if _width(text) <= width:
         return text
     return set_cell_size(text, width - 1) + "…" if width > 0 else ""
 
@@ -342,7 +351,7 @@ def _that_fit(parts: Iterable[str], width: int) -> str:
     text = ""
     for part in parts:
         longer = f"{text}, {part}" if text else part
-        if cell_len(longer) > width:
+        if _width(longer) > width:
             break
         text = longer
     return text
@@ -547,7 +556,7 @@ class Lines(Widget):
         width = self.size.width
         if [len(part.text) for part in old] != [len(part.text) for part in new]:
             return Region(0, y, width, 1)
-        ends = list(itertools.accumulate((cell_len(part.text) for part in new), initial=0))
+        ends = list(itertools.accumulate((_width(part.text) for part in new), initial=0))
         differing = [at for at, (one, other) in enumerate(zip(old, new, strict=True)) if one != other]
         first, last = ends[differing[0]], min(width, ends[differing[-1] + 1])
         return Region(first, y, max(1, last - first), 1)
@@ -643,7 +652,7 @@ class Table(Lines):
         """Which columns there is room for, and where."""
         for row in rows:
             for at, cell in enumerate(row.cells):
-                self._widths[at] = max(self._widths[at], cell_len(cell.text))
+                self._widths[at] = max(self._widths[at], _width(cell.text))
         least = [
             min(width, max(column.least, len(column.heading))) if column.has_words else width
             for width, column in zip(self._widths, self.columns, strict=True)
@@ -678,9 +687,7 @@ class Table(Lines):
         parts = []
         for at, width in self._places:
             cell = row.cells[at]
-            text = (
-                set_cell_size(_cut(cell.text, width), width) if self.columns[at].has_words else cell.text.rjust(width)
-            )
+            text = _filled(_cut(cell.text, width), width) if self.columns[at].has_words else cell.text.rjust(width)
             parts.append(Part(" " * self._gap + text, (row.style or cell.style) + chosen))
         used = sum(self._gap + width for _, width in self._places)
         return (*parts, Part(" " * max(0, self.size.width - used), chosen))
@@ -954,7 +961,7 @@ class Board(Screen[None]):
         if _length(tabs) > self.size.width:
             tabs = [tab if tab.style == "tab" else Part(tab.text[:2], "dim") for tab in tabs]
         note = self.current.note(self.size.width - _length(tabs) - 2)
-        fill = " " * max(0, self.size.width - _length(tabs) - cell_len(note) - 1)
+        fill = " " * max(0, self.size.width - _length(tabs) - _width(note) - 1)
         self._tabs.put([(*tabs, Part(f"{fill}{note}", "dim"))])
 
     def _hints(self, width: int) -> Line:
