@@ -227,7 +227,8 @@ def _not_open(case: Case) -> Iterator[Finding]:
     state, name = case.now.state, case.now.name
     if state == "paused":
         suffers = case.now.waiting > 0
-        text = f"the pool is paused: {_calls(case.now.waiting)} wait" if suffers else "the pool is paused: callers wait"
+        waiting = f"{case.now.waiting} calls wait" if case.now.waiting > 1 else "a call waits"
+        text = f"the pool is paused: {waiting if suffers else 'callers wait'}"
         yield Finding("problem" if suffers else "advice", "state", text, f"`shmpool resume {name}` when you are done")
     elif state == "draining":
         refused = case.change.refused

@@ -308,6 +308,7 @@ class PoolStats(_Record):
         "connection_errors",
         "gets",
         "successes",
+        "failures",
         "hit_rate",
         "utilisation",
         "reuse_average",
@@ -440,12 +441,17 @@ class PoolStats(_Record):
     @property
     def gets(self) -> int:
         """Calls of get() and try_get(), however they ended."""
-        return self.successes + _sum(vars(self), FAILURES)
+        return self.successes + self.failures
 
     @property
     def successes(self) -> int:
         """Leases."""
         return _sum(vars(self), SOURCES)
+
+    @property
+    def failures(self) -> int:
+        """Calls that got no connection."""
+        return _sum(vars(self), FAILURES)
 
     @property
     def hit_rate(self) -> float:

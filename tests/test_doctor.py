@@ -210,7 +210,7 @@ def test_a_paused_and_a_draining_pool(made: Callable[..., Pool], family: Family)
     caller = family.fork(lambda: pool.get().release())
     until(lambda: pool.stats().waiting == 1, "it waits")
     finding = found(pool, "state")
-    assert (finding.severity, finding.what) == ("problem", "the pool is paused: 1 call wait")
+    assert (finding.severity, finding.what) == ("problem", "the pool is paused: a call waits")
     assert f"shmpool resume {pool.name}" in finding.remedy
     pool.resume()
     caller.result()
