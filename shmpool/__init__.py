@@ -5,10 +5,14 @@
     with pool.get() as conn:
         conn.socket.sendall(b"PING\\r\\n")
 
-This file only exports. Integrations (`shmpool.integrations`) and the command line are imported when they are used.
+This file only exports. What a process that only uses a pool has no need of is imported when it is asked for: figures,
+events, the look from outside; integrations (`shmpool.integrations`) and the command line as well.
 """
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from . import errors
 from ._core import PooledConnection
@@ -33,11 +37,21 @@ from .errors import (
     SlabCorrupt,
     SlabVersionMismatch,
 )
-from .events import Event, EventBatch
 from .hooks import ClosedConnection, LeakReport
-from .inspector import inspect, list_pools
 from .pool import Pool, attach, pools
-from .stats import PoolStats
+
+if TYPE_CHECKING:
+    from .events import Event, EventBatch
+    from .inspector import inspect, list_pools
+    from .stats import PoolStats
+
+_LATER = {
+    "Event": "events",
+    "EventBatch": "events",
+    "PoolStats": "stats",
+    "inspect": "inspector",
+    "list_pools": "inspector",
+}
 
 __version__ = "0.1.0"
 
@@ -77,3 +91,15 @@ __all__ = [
     "list_pools",
     "pools",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

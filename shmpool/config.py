@@ -11,8 +11,6 @@ Imports nothing of shmpool at run time but `errors`.
 
 from __future__ import annotations
 
-import difflib
-import ipaddress
 import json
 import math
 import os
@@ -22,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from urllib.parse import unquote
 
 from .errors import InvalidConfig
 
@@ -99,6 +96,8 @@ class Target:
     @property
     def numeric_version(self) -> IPVersion | None:
         """The IP version of a host that is an address, else None."""
+        import ipaddress
+
         try:
             return IPVersion(ipaddress.ip_address(self.host).version)
         except ValueError:
@@ -168,6 +167,8 @@ def _port(text: str, listening: bool) -> int:
 
 
 def _ipv6_host(host: str) -> str:
+    import ipaddress
+
     try:
         ipaddress.IPv6Address(host)
     except ValueError as error:
@@ -183,6 +184,8 @@ def _name_or_ipv4_host(host: str) -> str:
         raise _Unfit("the host must be a name of letters, digits, '-', '_' and '.' (others as xn--…) or an address")
     # A resolver takes 127.1 and 0x7f.1 for addresses. Only what is plainly one is taken for one here.
     if _NUMERIC_LABEL.fullmatch(labels[-1]):
+        import ipaddress
+
         try:
             ipaddress.IPv4Address(host)
         except ValueError as error:
@@ -663,6 +666,8 @@ def _refuse(problems: list[InvalidConfig]) -> None:
 
 
 def _no_such(name: str, known: Iterable[str]) -> str:
+    import difflib
+
     nearest = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
     return f"there is no such setting; {hint}"
@@ -707,6 +712,8 @@ def _query_part(part: str) -> tuple[str, str]:
         raise _Unfit("remove the fragment, or write # as %23")
     if re.search(r"%(?![0-9A-Fa-f]{2})", part):
         raise _Unfit("write a percent sign as %25: it begins an encoded byte")
+    from urllib.parse import unquote
+
     try:
         return unquote(name, errors="strict"), unquote(text, errors="strict")
     except UnicodeDecodeError:

@@ -28,7 +28,6 @@ system, which appear only as the `__cause__` of one of these.
 
 from __future__ import annotations
 
-import pickle
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -387,6 +386,8 @@ def _short(value: object, limit: int = 120) -> str:
 
 
 def _portable(value: Any) -> Any:
+    import pickle
+
     try:
         pickle.loads(pickle.dumps(value))
     except Exception:  # noqa: BLE001  a foreign object may fail in any way, on either side

@@ -20,19 +20,16 @@ import errno
 import logging
 import math
 import os
-import pickle
 import random
 import resource
-import secrets
 import socket
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from multiprocessing import util
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _core, rendezvous, serving, slab
 from .config import IPVersion, PoolConfig, Protocol, Target, checked_timeout
@@ -54,7 +51,6 @@ from .errors import (
     SlabCorrupt,
     SlabVersionMismatch,
 )
-from .events import EventBatch, read_events
 from .hooks import ClosedConnection, call_on_close
 from .maintenance import Maintenance, maintain_now
 from .sockets import (
@@ -69,8 +65,10 @@ from .sockets import (
     take_over,
     unix_path,
 )
-from .stats import PoolStats
-from .steering import check_cap
+
+if TYPE_CHECKING:
+    from .events import EventBatch
+    from .stats import PoolStats
 
 _LIFETIME_JITTER = 0.1  # connections of one birth end within this share of their lifetime
 SPARE_DESCRIPTORS = 64  # left to the rest of the process when the limit is checked
@@ -200,7 +198,7 @@ class Pool(_core.PoolBase):
         self._config = config
         target = config.target
         self._target = None if target is None else Target.parse(target, listening=config.listening)
-        self._name = config.name or f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._name = config.name or f"{os.getpid()}-{os.urandom(4).hex()}"
         self._own_sockets: dict[int, str] = {}  # by process: path, see `_listen`
         self._maintenance = Maintenance()
         self._dialling: dict[tuple[int, int], socket.socket] = {}  # by process, thread: what it connects this moment
@@ -409,6 +407,8 @@ class Pool(_core.PoolBase):
 
     def stats(self) -> PoolStats:
         """One snapshot over all processes. Takes no lock and writes nothing."""
+        from .stats import PoolStats
+
         return PoolStats.from_snapshot(self._snapshot())
 
     def events(self, after: int = 0, *, patient: bool = False) -> EventBatch:
@@ -416,6 +416,8 @@ class Pool(_core.PoolBase):
 
         `patient=True`, to follow: the batch ends before an event that is being written this moment.
         """
+        from .events import read_events
+
         return read_events(self._events, after, patient)
 
     def recover(self) -> int:
@@ -481,6 +483,8 @@ class Pool(_core.PoolBase):
         Raises InvalidConfig, PoolClosed.
         """
         self._refuse_closed()
+        from .steering import check_cap
+
         check_cap(max_connections, max(1, self._config.effective_min_connections), self._limits()[1])
         before = self._resize(max_connections)
         self._expire(self._config.effective_min_connections)
@@ -634,7 +638,7 @@ class Pool(_core.PoolBase):
         """Where this process answers newcomers of a pool without a name; it begins to when it first pickles it."""
         if path := self._own_sockets.get(os.getpid()):
             return path
-        listener, path = rendezvous.listen(self._identity()[0], secrets.token_hex(4))
+        listener, path = rendezvous.listen(self._identity()[0], os.urandom(4).hex())
         first = self._own_sockets.setdefault(os.getpid(), path)
         if first != path:  # another thread's
             os.close(listener)
@@ -1178,6 +1182,8 @@ def _unpickled(config: PoolConfig, name: str, slab_id: bytes, path: str) -> Pool
 
 
 def _check_picklable(setting: str, value: Any) -> None:
+    import pickle
+
     try:
         pickle.dumps(value)
     except Exception as error:
@@ -1195,10 +1201,18 @@ def _leave_all() -> None:
 
 def _leave_with_multiprocessing(_: object = None) -> None:
     """multiprocessing joins its children at exit; one that is being spawned may yet have to ask us for the pool. So we
-    leave after that: its finalizers of negative priority come last. (Its own children run these, and no atexit.)"""
-    global _leaving_pid
+    leave after that: its finalizers of negative priority come last. (Its own children run these, and no atexit.)
+
+    Where it is not loaded yet, it will be after this module, and what it does at exit comes before ours."""
+    global _leaving_pid, _follows_forks
+    util = sys.modules.get("multiprocessing.util")
+    if util is None:
+        return
     _leaving_pid = os.getpid()
     util.Finalize(None, _leave_all, exitpriority=-100)
+    if not _follows_forks:  # its forked children forget what was registered before
+        _follows_forks = True
+        util.register_after_fork(Pool, _leave_with_multiprocessing)
 
 
 @atexit.register
@@ -1208,6 +1222,6 @@ def _leave_at_exit() -> None:
 
 
 _leaving_pid = 0
+_follows_forks = False
 _leave_with_multiprocessing()
 os.register_at_fork(after_in_child=_leave_with_multiprocessing)
-util.register_after_fork(Pool, _leave_with_multiprocessing)  # its forked children forget what was registered before

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import socket
 import stat
 import struct
@@ -101,7 +100,7 @@ def listen(slab_id: bytes, mark: str = "") -> tuple[int, str]:
 
 
 def _listen(there: str, name: str) -> int:
-    private = f"{there}/.{secrets.token_hex(8)}"  # nobody meets a socket that does not listen yet
+    private = f"{there}/.{os.urandom(8).hex()}"  # nobody meets a socket that does not listen yet
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.bind(private)
         try:

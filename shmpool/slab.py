@@ -17,19 +17,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import sys
 import time
 from collections.abc import Iterator
-from multiprocessing import shared_memory
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import posix_ipc
 
 from . import _core, rendezvous
 from .config import name_problem
 from .errors import InvalidConfig, PoolError, PoolExists, PoolNotFound, SlabCorrupt, SlabVersionMismatch
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DIRECTORY = "/dev/shm"
 # A private segment this old belongs to a process that died while making it.
@@ -51,7 +52,7 @@ def create(size: int, connections: int) -> tuple[int, str]:
 
     Raises InvalidConfig when there is no room for it, or no shared memory at all.
     """
-    path = os.path.join(DIRECTORY, f"{prefix()}.{os.getpid()}-{secrets.token_hex(8)}")
+    path = os.path.join(DIRECTORY, f"{prefix()}.{os.getpid()}-{os.urandom(8).hex()}")
     try:
         fd = _shared_memory(os.path.basename(path), size)
     except OSError as error:
@@ -73,6 +74,8 @@ def create(size: int, connections: int) -> tuple[int, str]:
 def _shared_memory(name: str, size: int) -> int:
     """Make the segment so that no resource tracker will ever unlink it; its descriptor."""
     if sys.version_info >= (3, 13):
+        from multiprocessing import shared_memory
+
         segment = shared_memory.SharedMemory(name, create=True, size=size, track=False)
         try:
             return int(posix_ipc.SharedMemory("/" + name).fd)  # ours from now on: the object does not close it
@@ -127,6 +130,8 @@ def checked_path(name: str) -> Path:
     """The file of the pool `name`; raises InvalidConfig when no pool can have that name."""
     if problem := name_problem(name):
         raise InvalidConfig(field="name", value=name, remedy=problem)
+    from pathlib import Path
+
     return Path(path_of(name))
 
 

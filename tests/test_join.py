@@ -16,6 +16,8 @@ import random
 import secrets
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -1068,3 +1070,34 @@ def test_a_sweep_touches_only_what_is_dead(settings: dict[str, Any], runtime: Ru
         assert rendezvous.sweep(set()) == []  # a socket that somebody listens on is alive, whatever the list says
     for path in strangers:
         path.unlink()
+
+
+# Leaving with multiprocessing ---------------------------------------------------------------------------------------
+
+LEAVES = """
+import sys
+{first}
+{second}
+from multiprocessing import get_context
+pool = shmpool.Pool(sys.argv[1], name=sys.argv[2], max_connections=1, min_connections=0, maintenance_interval=1e6)
+
+def use():
+    pool.get().release()
+
+child = get_context("fork").Process(target=use)
+child.start()
+child.join()
+print([event.pid == child.pid for event in pool.events().events if event.kind in ("left", "died")])
+print([event.kind for event in pool.events().events if event.kind in ("left", "died")], child.exitcode)
+"""
+
+
+@pytest.mark.parametrize(
+    "order", [("import shmpool", "import multiprocessing.util"), ("import multiprocessing.util", "import shmpool")]
+)
+def test_a_child_of_multiprocessing_leaves(settings: dict[str, Any], order: tuple[str, str]) -> None:
+    """Its finalizers run, and no atexit: whichever of the two modules was loaded first."""
+    program = LEAVES.format(first=order[0], second=order[1])
+    command = [sys.executable, "-c", program, settings["target"], settings["name"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("[True]\n['left'] 0\n", "")
