@@ -51,6 +51,7 @@ SEATS = _stand_ins(
 )
 PLAIN = Flavour("plain", ("-O1",))
 CRASH = Flavour("crash", ("-O1", "-DSHMPOOL_HOOKS", *_stand_ins("clock_gettime")))
+SHIPPED = Flavour("shipped", ("-O3", "-DNDEBUG", *_stand_ins("clock_gettime")))
 INTERLEAVE = Flavour(
     "interleave",
     ("-O2", "-DSHMPOOL_HOOKS", *_stand_ins("syscall", "clock_gettime", "usleep", "sched_yield")),
@@ -140,6 +141,14 @@ def test_crash_at_every_step(builder: Builder, part: str, how: str) -> None:
     check(builder.program("crash", CRASH), part, how)
 
 
+@pytest.mark.parametrize(
+    "part", ["release", "dial", "retire", *(pytest.param(part, marks=pytest.mark.servers) for part in ("0/2", "1/2"))]
+)
+def test_killed_after_every_instruction(builder: Builder, part: str) -> None:
+    """The code as it is shipped, compiled with the same optimisation and without hooks."""
+    check(builder.program("crash", SHIPPED), part, "killed")
+
+
 @pytest.mark.parametrize("part", ["0/4", "1/4", "2/4", "3/4"])
 @pytest.mark.timeout(0 if "SHMPOOL_INTERLEAVE_SECONDS" in os.environ else 120)
 def test_every_order_of_steps(builder: Builder, part: str) -> None:
@@ -158,7 +167,9 @@ def test_stem_under_address_sanitizer(builder: Builder, stem: str) -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("stem", ["descriptors", "events", "pool", "rendezvous", "service", "steering", "upstream"])
+@pytest.mark.parametrize(
+    "stem", ["account", "descriptors", "events", "pool", "rendezvous", "service", "steering", "upstream"]
+)
 def test_stem_under_thread_sanitizer(builder: Builder, stem: str) -> None:
     check(builder.program(f"test_{stem}", THREAD))
 

@@ -7,11 +7,17 @@
  *   stopped  whatever is idle, empty or offered is had by others, who never wait for the stopped one; it is then killed, and as above.
  * What was left half done (a pause, a smaller cap) is done again by a survivor, and is then whole.
  *
- *   crash [OPERATION|all|I/N] [ended|stopped|both]     I/N: the operations I, I + N, I + 2N, ...
+ *   killed   on the code as it is shipped, without hooks, run an instruction at a time (ptrace): the child is killed right after the k-th instruction that
+ *            changed the slab or entered the kernel; a survivor recovers, as above. Between two such instructions nobody can see how far it was. What is
+ *            only counted (totals, histograms, events) is not looked at.
+ *
+ *   crash [OPERATION|all|I/N] [ended|stopped|killed|both]     I/N: the operations I, I + N, I + 2N, ...; both: ended and stopped
  *
  * The clock is a stand-in that can be put forward, so nobody waits for time to pass.
  */
 #include <signal.h>
+#include <sys/ptrace.h>
+#include <sys/user.h>
 #include <sys/wait.h>
 
 #include "play.h"
@@ -485,6 +491,81 @@ static int child(void (*first)(void), void (*act)(void), unsigned k, int by, pid
     return status;
 }
 
+/* ---- an instruction at a time ---- */
+
+/* What others act upon, copied out of the slab. */
+struct seen {
+    uint8_t steered[512];
+    struct slot_shm slots[SLOTS];
+    struct account_shm accounts[SLOTS];
+    uint64_t waiters[WAITERS], bitmaps[SHM_BITMAPS * 8];
+    struct waiter_shm cells[WAITERS];
+    uint8_t workers[WORKERS][64];
+};
+
+static void see(struct seen *seen)
+{
+    struct slab *slab = &pool->slab;
+    memset(seen, 0, sizeof *seen);
+    memcpy(seen->steered, (uint8_t *)slab->header + SHM_HEADER_BYTES - sizeof seen->steered, sizeof seen->steered);
+    memcpy(seen->slots, slab->slots, sizeof seen->slots);
+    memcpy(seen->accounts, slab->accounts, sizeof seen->accounts);
+    memcpy(seen->waiters, slab->waiter_words, sizeof seen->waiters);
+    memcpy(seen->bitmaps, slab->bitmaps, SHM_BITMAPS * slab->layout.bitmap_words * sizeof(uint64_t));
+    memcpy(seen->cells, slab->waiters, sizeof seen->cells);
+    for (int i = 0; i < WORKERS; i++)
+        memcpy(seen->workers[i], &slab->workers[i], sizeof seen->workers[i]);
+}
+
+static bool enters_the_kernel(pid_t pid)
+{
+#ifdef __x86_64__
+    struct user_regs_struct registers;
+    CHECK(ptrace(PTRACE_GETREGS, pid, NULL, &registers) == 0);
+    long text = ptrace(PTRACE_PEEKTEXT, pid, (void *)registers.rip, NULL);
+    return (text & 0xffff) == 0x050f; /* syscall */
+#else
+    (void)pid;
+    return true; /* any may: it is killed after every instruction */
+#endif
+}
+
+static uint64_t instructions;
+
+/* A child does the operation, an instruction at a time, and is killed after the k-th that leaves a trace. False: it was done before. */
+static bool killed_after(unsigned k)
+{
+    pid_t pid = fork();
+    CHECK(pid >= 0);
+    if (!pid) {
+        operation->begin();
+        CHECK(ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0);
+        raise(SIGSTOP);
+        operation->act();
+        raise(SIGUSR1);
+        _exit(1);
+    }
+    int status;
+    static struct seen before, after;
+    CHECK(waitpid(pid, &status, 0) == pid && WIFSTOPPED(status) && WSTOPSIG(status) == SIGSTOP);
+    see(&before);
+    bool done = false;
+    for (unsigned traces = 0; traces < k && !done;) {
+        bool called = enters_the_kernel(pid);
+        CHECK(ptrace(PTRACE_SINGLESTEP, pid, NULL, NULL) == 0 && waitpid(pid, &status, 0) == pid && WIFSTOPPED(status));
+        done = WSTOPSIG(status) == SIGUSR1;
+        CHECK(done || WSTOPSIG(status) == SIGTRAP);
+        instructions++;
+        see(&after);
+        if (called || memcmp(&before, &after, sizeof before)) {
+            traces++;
+            before = after;
+        }
+    }
+    CHECK(kill(pid, SIGKILL) == 0 && waitpid(pid, &status, 0) == pid);
+    return !done;
+}
+
 static bool was_done(int status) { return WIFEXITED(status) && WEXITSTATUS(status) == 0; }
 
 static void check_status(unsigned k, int status)
@@ -640,6 +721,18 @@ static unsigned stop_at_each_step(void)
     }
 }
 
+static unsigned kill_at_each_instruction(void)
+{
+    for (unsigned k = 1;; k++) {
+        begin(HOUR_NS);
+        bool killed = killed_after(k);
+        check_whole();
+        finish();
+        if (!killed)
+            return k - 1;
+    }
+}
+
 int main(int argc, char **argv)
 {
     const char *wanted = argc > 1 ? argv[1] : "all", *how = argc > 2 ? argv[2] : "both";
@@ -653,6 +746,12 @@ int main(int argc, char **argv)
         operation = &operations[i];
         printf("%-22s", operation->name);
         fflush(stdout);
+        if (!strcmp(how, "killed")) {
+            instructions = 0;
+            unsigned traces = kill_at_each_instruction();
+            printf(" killed after %u of its traces, %" PRIu64 " instructions\n", traces, instructions);
+            continue;
+        }
         if (strcmp(how, "stopped"))
             printf(" ended in %u runs", end_at_each_step());
         fflush(stdout);
