@@ -19,6 +19,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import select
 import socket
 import time
@@ -270,7 +271,7 @@ def unpack_failure(text: str) -> tuple[str, Exception | None]:
     """The text of what `pack_failure` made, and an error like the one that it was made of."""
     kind, _, rest = text.partition("|")
     number, separator, why = rest.partition("|")
-    if not separator or not number.lstrip("-").isdigit():
+    if not separator or not re.fullmatch(r"-?[0-9]{1,9}", number):  # whoever damages a slab writes what he likes
         return text, None
     if kind == "resolver":
         return why, socket.gaierror(int(number), why)

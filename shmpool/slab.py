@@ -137,10 +137,15 @@ def checked_path(name: str) -> Path:
 
 @contextlib.contextmanager
 def view(name: str, *, writable: bool = False) -> Iterator[_core.SlabView]:
-    """A look at the segment `name`, for as long as the block lasts; see `open_view`."""
+    """A look at the segment `name`, for as long as the block lasts; see `open_view`. SlabCorrupt also when it is cut
+    meanwhile."""
     found = open_view(name, writable=writable)
     try:
         yield found
+    except PoolError:
+        raise
+    except ValueError as error:
+        raise SlabCorrupt(name=name, detail=str(error)) from error
     finally:
         found.close()
 

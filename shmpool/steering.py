@@ -191,16 +191,11 @@ def recover(name: str, timeout: float = RECOVER_TIMEOUT_S) -> int:
 def _opened(name: str) -> Iterator[_core.SlabView]:
     """The living pool `name`, for writing."""
     with slab.view(name, writable=True) as view:
-        try:
-            if not view.identity()[6]:
-                raise PoolClosed(pool=name)
-            if not view.in_use():
-                raise _Remains(name=name)
-            yield view
-        except PoolError:
-            raise
-        except ValueError as error:  # the segment was cut meanwhile
-            raise SlabCorrupt(name=name, detail=str(error)) from error
+        if not view.identity()[6]:
+            raise PoolClosed(pool=name)
+        if not view.in_use():
+            raise _Remains(name=name)
+        yield view
 
 
 def _steer(view: _core.SlabView, name: str, state: str) -> bool:

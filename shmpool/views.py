@@ -168,12 +168,13 @@ def troubles_of(now: PoolStats) -> list[str]:
 
 def gauge(now: PoolStats, width: int = 24) -> str:
     """The slots as a bar: in use, idle, otherwise busy, empty."""
-    cells = width // now.max_connections * now.max_connections or width
+    cap = max(1, now.max_connections)  # no cap is 0, but that of a damaged slab
+    cells = width // cap * cap or width
     marks = ("█", now.in_use), ("▒", now.idle), ("░", now.open - now.in_use - now.idle)
     bar, seen, drawn = "", 0, 0
     for mark, count in marks:
         seen += count
-        end = min(cells, round(seen / now.max_connections * cells))
+        end = min(cells, round(seen / cap * cells))
         bar += mark * (end - drawn)
         drawn = end
     return f"[{bar:·<{cells}}]"

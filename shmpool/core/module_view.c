@@ -4,6 +4,7 @@
  * Reading writes nothing and takes no lock; what steering writes is in steering.h. A slot is read between two equal words, so that its fields belong to one moment, and
  * together with its account (account.h), so that in each snapshot created - closed = open, for each kind. Other counters are as they are at some moment of the
  * tens of microseconds that it takes, while the pool goes on. What is read is bounds-checked by slab_open(); a state that does not exist is named "invalid".
+ * Texts are bounded, and decoded whatever they are, at each reading: whoever damages a slab may do it after it was checked.
  *
  * ORDER(snapshot): acquire. The fields are loaded before the word is loaded again. Pairs with the CAS in slot_move(), after which
  * alone a holder writes them; weaker would take a row of two moments for one. Nobody but a reader of figures relies on it.
@@ -12,7 +13,9 @@
  */
 #include "module.h"
 
+#include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -223,6 +226,16 @@ static bool lives_build(struct slab *slab, struct kinds *kinds, PyObject **total
            put_number(*totals, total_names[SHM_T_dial_attempts], SHM_LOAD_ACQUIRE(account, slab->totals->counters[SHM_T_dial_attempts]));
 }
 
+/* A text of the header, up to its end or that of its field. */
+#define TEXT(field) PyUnicode_DecodeUTF8(field, (Py_ssize_t)strnlen(field, sizeof field), "replace")
+
+/* The most that resize() can make of the cap. */
+static uint32_t most_connections(const struct slab *slab)
+{
+    uint32_t slots = slab->layout.max_slots, reserved = slab->header->listening ? SERVICE_RESERVED : 0;
+    return slots > reserved ? slots - reserved : 0;
+}
+
 PyObject *snapshot_build(struct slab *slab, int fd)
 {
     struct header_shm *header = slab->header;
@@ -234,12 +247,13 @@ PyObject *snapshot_build(struct slab *slab, int fd)
         return NULL;
     }
     return Py_BuildValue(
-        "{sssssssIsIsdsKsssIsIsIsIsK sK sN s(III) sN sN sN s(ssssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", header->name, "target",
-        header->target, "config", header->config, "uid", header->creator_uid, "creator_pid", header->creator_pid, "created_at",
+        "{sNsNsNsIsIsdsKsssIsIsIsIsK sK sN s(III) sN sN sN s(ssssssssssss) sN s(ssssssss) sN s(ssssss) sN sN}", "name", TEXT(header->name),
+        "target", TEXT(header->target), "config", TEXT(header->config), "uid", header->creator_uid, "creator_pid", header->creator_pid, "created_at",
         (double)header->created_realtime_ns / 1e9, "now", (unsigned long long)clock_now(), "state",
         steering_state_name(steering_now(slab)), "max_connections", steering_cap(slab), "resize_limit",
-        header->max_slots - (header->listening ? SERVICE_RESERVED : 0), "max_workers", header->max_workers, "max_waiters", header->max_waiters, "size",
-        (unsigned long long)header->total_size, "maintained_ns", (unsigned long long)SHM_LOAD(hint, header->maintained_ns), "upstream", upstream_dict(slab), "prewarm", SHM_LOAD(hint, header->prewarm_created),
+        most_connections(slab), "max_workers", slab->layout.max_workers, "max_waiters", slab->layout.max_waiters, "size",
+        (unsigned long long)slab->layout.total_size, "maintained_ns", (unsigned long long)SHM_LOAD(hint, header->maintained_ns), "upstream",
+        upstream_dict(slab), "prewarm", SHM_LOAD(hint, header->prewarm_created),
         SHM_LOAD(hint, header->prewarm_failed), SHM_LOAD(hint, header->prewarm_done), "totals", totals, "kinds", kind_list(&kinds),
         "slots", slots, "slot_fields", "index", "state", "owner", "id", "bucket", "peer", "created_ns", "last_used_ns", "leased_ns", "uses",
         "flags", "checked_ns", "workers", worker_list(slab, fd), "worker_fields", "index", "pid", "alive", "started_ns", "generation",
@@ -252,9 +266,64 @@ PyObject *snapshot_build(struct slab *slab, int fd)
 typedef struct {
     PyObject_HEAD
     struct slab slab;
+    void *base; /* NULL: closed */
+    size_t size;
     int fd;
     bool writable;
+    volatile sig_atomic_t cut; /* by look_on_bus_error(): what is mapped is not the segment any more */
 } ViewObject;
+
+/* ---- a segment that is cut while somebody looks ---- */
+
+/* A file may be cut at any moment, also between a check of its size and the next load, which would be a SIGBUS then and the end of the process. So
+ * for the time of a look SIGBUS is ours: the handler puts zeroes in place of the mapping, the look goes on, and is thrown away at its end. Source:
+ * wl_shm_buffer_begin_access() of libwayland. Per thread; innermost first, because a finalizer that runs during a look may look as well. */
+struct look {
+    ViewObject *view;
+    struct look *outer;
+};
+
+static _Thread_local struct look *looking;
+static struct sigaction before_looks; /* what SIGBUS did; forks_hold() guards it, */
+static unsigned looks;                /* and how many are under way in this process */
+
+static void look_on_bus_error(int number, siginfo_t *info, void *context)
+{
+    (void)context;
+    int error = errno;
+    for (struct look *look = looking; look; look = look->outer) {
+        ViewObject *view = look->view;
+        if ((uintptr_t)info->si_addr - (uintptr_t)view->base >= view->size)
+            continue;
+        view->cut = mmap(view->base, view->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == view->base;
+        errno = error;
+        if (view->cut)
+            return;
+    }
+    sigaction(number, &before_looks, NULL); /* not ours: a fault comes again when this returns, */
+    if (info->si_code <= 0)                 /* a signal that was sent does not */
+        raise(number);
+}
+
+static void look_begin(struct look *look, ViewObject *view)
+{
+    struct sigaction ours = {.sa_sigaction = look_on_bus_error, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+    forks_hold();
+    if (!looks++)
+        sigaction(SIGBUS, &ours, &before_looks);
+    *look = (struct look){view, looking};
+    looking = look;
+    forks_release();
+}
+
+static void look_end(struct look *look)
+{
+    forks_hold();
+    looking = look->outer;
+    if (!--looks)
+        sigaction(SIGBUS, &before_looks, NULL);
+    forks_release();
+}
 
 /* ValueError(what is wrong, whether it is a matter of versions) */
 PyObject *raise_bad_slab(enum slab_verdict verdict)
@@ -267,6 +336,36 @@ PyObject *raise_bad_slab(enum slab_verdict verdict)
     return NULL;
 }
 
+static bool is_utf8(const char *text, size_t size)
+{
+    PyObject *decoded = PyUnicode_DecodeUTF8(text, (Py_ssize_t)strnlen(text, size), NULL);
+    PyErr_Clear();
+    Py_XDECREF(decoded);
+    return decoded != NULL;
+}
+
+/* Take what is mapped at `base`, if it is a slab; else unmap it. The target may have been cut in the middle of a character. */
+static enum slab_verdict view_check(ViewObject *self, void *base, size_t size)
+{
+    struct look look;
+    self->base = base;
+    self->size = size;
+    look_begin(&look, self);
+    enum slab_verdict verdict = slab_open(&self->slab, base, size);
+    struct header_shm *header = base;
+    if (verdict == SLAB_OK && !(is_utf8(header->name, sizeof header->name) && is_utf8(header->config, sizeof header->config) &&
+                                is_utf8(header->rendezvous, sizeof header->rendezvous)))
+        verdict = SLAB_BAD_TEXT;
+    look_end(&look);
+    if (self->cut)
+        verdict = SLAB_TOO_SMALL;
+    if (verdict != SLAB_OK) {
+        munmap(base, size);
+        self->base = self->slab.header = NULL;
+    }
+    return verdict;
+}
+
 /* SlabView(fd, writable=False): map the segment of `fd` and check it. The view keeps a duplicate of the descriptor. */
 static int view_init(ViewObject *self, PyObject *args, PyObject *names)
 {
@@ -275,7 +374,7 @@ static int view_init(ViewObject *self, PyObject *args, PyObject *names)
     struct stat status;
     if (!PyArg_ParseTupleAndKeywords(args, names, "i|$p:SlabView", known, &fd, &writable))
         return -1;
-    if (self->slab.header) {
+    if (self->base) {
         PyErr_SetString(PyExc_RuntimeError, "a SlabView is opened once");
         return -1;
     }
@@ -283,19 +382,14 @@ static int view_init(ViewObject *self, PyObject *args, PyObject *names)
         PyErr_SetFromErrno(PyExc_OSError);
         return -1;
     }
-    size_t size = (size_t)status.st_size;
     enum slab_verdict verdict = SLAB_TOO_SMALL;
-    if (size >= SHM_HEADER_BYTES) {
-        void *base = mmap(NULL, size, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
+    if (status.st_size >= SHM_HEADER_BYTES) {
+        void *base = mmap(NULL, (size_t)status.st_size, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
         if (base == MAP_FAILED) {
             PyErr_SetFromErrno(PyExc_OSError);
             return -1;
         }
-        verdict = slab_open(&self->slab, base, size);
-        if (verdict != SLAB_OK) {
-            munmap(base, size);
-            self->slab.header = NULL;
-        }
+        verdict = view_check(self, base, (size_t)status.st_size);
     }
     if (verdict != SLAB_OK) {
         raise_bad_slab(verdict);
@@ -306,21 +400,42 @@ static int view_init(ViewObject *self, PyObject *args, PyObject *names)
     return 0;
 }
 
-/* Is the mapping there and whole? An exception is set when not. */
+/* Is the mapping there and whole? An exception, in place of any that is set, when not. */
 static bool view_is_whole(ViewObject *self)
 {
     struct stat status;
-    if (!self->slab.header)
+    if (!self->base)
         return PyErr_Format(PyExc_ValueError, "the view is closed") != NULL;
-    if (fstat(self->fd, &status) || (uint64_t)status.st_size < self->slab.layout.total_size) /* cut: reading would SIGBUS */
+    if (self->cut || fstat(self->fd, &status))
+        return PyErr_Format(PyExc_ValueError, "the segment was cut while it was read") != NULL;
+    if ((uint64_t)status.st_size < self->size)
         return PyErr_Format(PyExc_ValueError, "the segment was cut to %lld bytes", (long long)status.st_size) != NULL;
     return true;
 }
 
-static PyObject *view_snapshot(ViewObject *self, PyObject *unused)
+typedef PyObject *(*view_take)(ViewObject *, PyObject *);
+
+/* What `take` finds, if the segment is whole before and after. */
+static PyObject *view_look(ViewObject *self, view_take take, PyObject *args)
+{
+    struct look look;
+    if (!view_is_whole(self))
+        return NULL;
+    look_begin(&look, self);
+    PyObject *found = take(self, args);
+    look_end(&look);
+    if (!view_is_whole(self))
+        Py_CLEAR(found);
+    return found;
+}
+
+/* Of view_x_whole(), which reads the segment: view_x(), which anybody may call. */
+#define LOOK(x) static PyObject *view_##x(ViewObject *self, PyObject *args) { return view_look(self, view_##x##_whole, args); }
+
+static PyObject *view_snapshot_whole(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    return view_is_whole(self) ? snapshot_build(&self->slab, self->fd) : NULL;
+    return snapshot_build(&self->slab, self->fd);
 }
 
 static const char *const event_names[] = {
@@ -369,11 +484,11 @@ PyObject *events_build(const struct slab *slab, uint64_t first, bool patient)
 }
 
 /* events(first, patient) -> (next, lost, [event, ...]): see events_build() */
-static PyObject *view_events(ViewObject *self, PyObject *args)
+static PyObject *view_events_whole(ViewObject *self, PyObject *args)
 {
     unsigned long long first;
     int patient;
-    if (!view_is_whole(self) || !PyArg_ParseTuple(args, "Kp:events", &first, &patient))
+    if (!PyArg_ParseTuple(args, "Kp:events", &first, &patient))
         return NULL;
     return events_build(&self->slab, first, patient != 0);
 }
@@ -382,28 +497,24 @@ static PyObject *view_events(ViewObject *self, PyObject *args)
 static PyObject *view_capacity(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    if (!self->slab.header)
+    if (!self->base)
         return PyErr_Format(PyExc_ValueError, "the view is closed");
     return PyLong_FromUnsignedLong(self->slab.layout.max_slots);
 }
 
 /* identity() -> (id, name, config, rendezvous, listener's inode, creator's pid, open?): what never changes, and whether the pool is open. */
-static PyObject *view_identity(ViewObject *self, PyObject *unused)
+static PyObject *view_identity_whole(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    if (!view_is_whole(self))
-        return NULL;
     struct header_shm *header = self->slab.header;
-    return Py_BuildValue("y#sssKIN", header->id, (Py_ssize_t)sizeof header->id, header->name, header->config, header->rendezvous,
+    return Py_BuildValue("y#NNNKIN", header->id, (Py_ssize_t)sizeof header->id, TEXT(header->name), TEXT(header->config), TEXT(header->rendezvous),
                          (unsigned long long)header->listener_inode, header->creator_pid, PyBool_FromLong(steering_now(&self->slab) != SHM_POOL_CLOSED));
 }
 
 /* mailboxes() -> [inode of each slot's mailbox] */
-static PyObject *view_mailboxes(ViewObject *self, PyObject *unused)
+static PyObject *view_mailboxes_whole(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    if (!view_is_whole(self))
-        return NULL;
     PyObject *list = PyList_New(self->slab.layout.max_slots);
     for (uint32_t i = 0; list && i < self->slab.layout.max_slots; i++) {
         PyObject *inode = PyLong_FromUnsignedLongLong(self->slab.slots[i].mailbox_inode);
@@ -416,10 +527,10 @@ static PyObject *view_mailboxes(ViewObject *self, PyObject *unused)
 }
 
 /* workers() -> [pid of each living member] */
-static PyObject *view_workers(ViewObject *self, PyObject *unused)
+static PyObject *view_workers_whole(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    PyObject *list = view_is_whole(self) ? PyList_New(0) : NULL;
+    PyObject *list = PyList_New(0);
     for (uint32_t i = 0; list && i < self->slab.layout.max_workers; i++) {
         struct worker_shm *row = &self->slab.workers[i];
         if (SHM_LOAD_ACQUIRE(worker, row->state) != SHM_WORKER_ACTIVE || !byte_is_locked(self->fd, i))
@@ -436,14 +547,14 @@ static PyObject *view_workers(ViewObject *self, PyObject *unused)
 static PyObject *view_in_use(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    return PyBool_FromLong(self->slab.header && byte_is_locked(self->fd, SHM_FAMILY_BYTE));
+    return PyBool_FromLong(self->base && byte_is_locked(self->fd, SHM_FAMILY_BYTE));
 }
 
 /* members() -> [(index, generation, pid, alive)]: every process that has a place. One that is not alive has not been swept yet. */
-static PyObject *view_members(ViewObject *self, PyObject *unused)
+static PyObject *view_members_whole(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    PyObject *list = view_is_whole(self) ? PyList_New(0) : NULL;
+    PyObject *list = PyList_New(0);
     for (uint32_t i = 0; list && i < self->slab.layout.max_workers; i++) {
         struct worker_shm *row = &self->slab.workers[i];
         if (SHM_LOAD_ACQUIRE(worker, row->state) != SHM_WORKER_ACTIVE)
@@ -465,13 +576,10 @@ static PyObject *view_maintained(ViewObject *self, PyObject *unused)
 }
 
 /* limits() -> (cap, the most that resize() can make of it) */
-static PyObject *view_limits(ViewObject *self, PyObject *unused)
+static PyObject *view_limits_whole(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    if (!view_is_whole(self))
-        return NULL;
-    uint32_t slots = self->slab.layout.max_slots, reserved = self->slab.header->listening ? SERVICE_RESERVED : 0;
-    return Py_BuildValue("II", steering_cap(&self->slab), slots > reserved ? slots - reserved : 0);
+    return Py_BuildValue("II", steering_cap(&self->slab), most_connections(&self->slab));
 }
 
 /* ---- steering from outside ---- */
@@ -479,8 +587,6 @@ static PyObject *view_limits(ViewObject *self, PyObject *unused)
 /* The slab of a view that may write; NULL with an exception. */
 static struct slab *view_to_steer(ViewObject *self)
 {
-    if (!view_is_whole(self))
-        return NULL;
     if (self->writable)
         return &self->slab;
     PyErr_SetString(PyExc_ValueError, "the view is read-only");
@@ -488,7 +594,7 @@ static struct slab *view_to_steer(ViewObject *self)
 }
 
 /* steer(state) -> bool: "open", "paused", "draining" or "closed"; False: it is so already, or closed */
-static PyObject *view_steer(ViewObject *self, PyObject *args)
+static PyObject *view_steer_whole(ViewObject *self, PyObject *args)
 {
     const char *name;
     struct slab *slab = view_to_steer(self);
@@ -501,7 +607,7 @@ static PyObject *view_steer(ViewObject *self, PyObject *args)
 }
 
 /* resize(cap) -> int: what it was */
-static PyObject *view_resize(ViewObject *self, PyObject *args)
+static PyObject *view_resize_whole(ViewObject *self, PyObject *args)
 {
     unsigned cap;
     struct slab *slab = view_to_steer(self);
@@ -513,7 +619,7 @@ static PyObject *view_resize(ViewObject *self, PyObject *args)
 }
 
 /* evict(connection or 0, peer or b"", leased) -> int: condemn what fits both; how many */
-static PyObject *view_evict(ViewObject *self, PyObject *args)
+static PyObject *view_evict_whole(ViewObject *self, PyObject *args)
 {
     unsigned long long connection;
     const char *peer;
@@ -528,10 +634,10 @@ static PyObject *view_evict(ViewObject *self, PyObject *args)
 static PyObject *view_close(ViewObject *self, PyObject *unused)
 {
     (void)unused;
-    if (self->slab.header) {
-        munmap(self->slab.header, self->slab.layout.total_size);
+    if (self->base) {
+        munmap(self->base, self->size);
         close(self->fd);
-        self->slab.header = NULL;
+        self->base = NULL;
     }
     Py_RETURN_NONE;
 }
@@ -543,6 +649,17 @@ static void view_dealloc(ViewObject *self)
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
+
+LOOK(snapshot)
+LOOK(events)
+LOOK(identity)
+LOOK(mailboxes)
+LOOK(workers)
+LOOK(members)
+LOOK(limits)
+LOOK(steer)
+LOOK(resize)
+LOOK(evict)
 
 static PyMethodDef view_methods[] = {
     {"snapshot", FASTCALL(view_snapshot), METH_NOARGS, PyDoc_STR("snapshot() -> dict")},

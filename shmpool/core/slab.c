@@ -147,7 +147,7 @@ const char *slab_verdict_text(enum slab_verdict verdict)
         [SLAB_FOREIGN_VERSION] = "it was written by another version of shmpool",
         [SLAB_FOREIGN_FORMAT] = "it was written by a build of shmpool with another layout",
         [SLAB_BAD_SIZES] = "its sizes contradict each other or the size of the segment",
-        [SLAB_BAD_TEXT] = "a text in its header does not end",
+        [SLAB_BAD_TEXT] = "a text in its header does not end, or is no UTF-8",
     };
     assert((size_t)verdict < sizeof texts / sizeof texts[0]);
     return texts[verdict];
