@@ -184,7 +184,8 @@ class Damage:
         self.seed = seed
         self.random = random.Random(seed)
         self.data = bytearray(whole)
-        self.name = text(whole, "name")  # the settings say it as well
+        self.name = text(whole, "name")
+        self.settings = json.loads(text(whole, "config"))  # they say the name as well
         self.map = Map.of(*(number(whole, name) for name in CAPACITIES))
         self.what: list[str] = []
         kinds = self.random.choices(
@@ -280,11 +281,9 @@ def _config(damage: Damage) -> str:
     config = damage.random.choice(HOSTILE_CONFIGS)
     note = repr(config[:60])
     if damage.random.random() < 0.6:
-        with contextlib.suppress(ValueError):  # another damage may have come first
-            settings = json.loads(bytes(damage.data[at : at + size]).partition(b"\0")[0])
-            names = damage.random.sample(list(settings), damage.random.randint(1, 4))
-            settings.update({name: damage.random.choice(HOSTILE_VALUES) for name in names})
-            config, note = json.dumps(settings).encode(), f"{ {name: settings[name] for name in names} }"
+        names = damage.random.sample(list(damage.settings), damage.random.randint(1, 4))
+        changed = {name: damage.random.choice(HOSTILE_VALUES) for name in names}
+        config, note = json.dumps({**damage.settings, **changed}).encode(), repr(changed)
     damage.put(at, config[: size - 1].ljust(size, b"\0"))
     return note
 
@@ -292,7 +291,7 @@ def _config(damage: Damage) -> str:
 def _events(damage: Damage) -> str:
     """Whole events that say what they like; then perhaps a count of them that cannot be."""
     begin = damage.map.parts["events"][0]
-    count = damage.random.choice((1, 8, EVENTS))
+    count = damage.random.choice((8, 64, EVENTS))
     first = damage.random.choice((0, 5, number(damage.data, "next_event"), (1 << 63) - 8, (1 << 64) - EVENTS))
     for event in range(first, first + count):
         kind = damage.random.choice((damage.random.randrange(13), damage.random.randrange(13), 13, 255))
@@ -462,7 +461,7 @@ class Ordeal:
         except PoolError as error:
             if not str(error):
                 raise Fault(f"{self.damage!r}\n{what}: an error without a text") from error
-        except Exception as error:  # noqa: BLE001 - it is what is looked for
+        except Exception as error:  # whatever it is, it is looked for
             raise Fault(f"{self.damage!r}\n{what}: {traceback.format_exc()}") from error
         self.slowest = max(self.slowest, (time.monotonic() - begun, what))
 

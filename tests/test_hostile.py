@@ -92,15 +92,14 @@ def sanitized(room: Path) -> dict[str, str]:
         if path.name not in ("core", "__pycache__") and path.suffix != ".so":
             (package / path.name).symlink_to(path)
     include = sysconfig.get_path("include")
-    stand_ins = ("-Dmmap=guarded_mmap", "-Dmunmap=guarded_munmap")
     flags = (*CFLAGS, *ADDRESS.flags, "-fPIC", f"-I{include}")
     objects = []
     for source in (*sorted(CORE.glob("*.c")), HERE / "guarded.c"):
         objects.append(room / f"{source.stem}.o")
-        own = () if source.stem == "guarded" else stand_ins
-        subprocess.run([*CC, *flags, *own, "-c", str(source), "-o", str(objects[-1])], check=True)
+        subprocess.run([*CC, *flags, "-c", str(source), "-o", str(objects[-1])], check=True)
     extension = package / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run([*CC, *flags, "-shared", *map(str, objects), "-o", str(extension)], check=True)
+    wrapped = "-Wl,--wrap=mmap,--wrap=mmap64,--wrap=munmap"
+    subprocess.run([*CC, *flags, "-shared", wrapped, *map(str, objects), "-o", str(extension)], check=True)
     library = subprocess.run([*CC, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
     return {
         "LD_PRELOAD": library.stdout.strip(),
@@ -145,9 +144,8 @@ def endure(arguments: list[str], environment: dict[str, str], room: Path) -> Non
         status = child.wait()
         last = said.decode().splitlines()[-1] if said else "nothing was begun"
         print(last)
-        assert not status, (
-            f"{'hung' if hung else f'status {status}'} at {last}\n{(room / 'faults').read_text()[-20000:]}"
-        )
+        how = "hung" if hung else f"status {status}"
+        assert not status, f"{how} at {last}\n{(room / 'faults').read_text()[-20000:]}"
 
 
 def test_a_cut_at_any_moment(donor: bytes, family: Family) -> None:
