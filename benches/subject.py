@@ -29,7 +29,11 @@ def pool_of(dial: Callable[[Any], Any], max_connections: int, **config: Any) -> 
 
 def inspector_of(pool: Any) -> Any:
     """The read-only view that another process has of the pool."""
-    return importlib.import_module("shmpool").inspect(pool.name)
+    return inspector_of_name(pool.name)
+
+
+def inspector_of_name(name: str) -> Any:
+    return importlib.import_module("shmpool").inspect(name)
 
 
 def warm(pool: Any, count: int) -> None:

@@ -181,7 +181,7 @@ class Damage:
     """A sound slab's bytes with one to three kinds of damage; `cut` is where to cut the file while it is open."""
 
     def __init__(self, whole: bytes, seed: int) -> None:
-        self.seed = seed
+        self.seed, self.whole = seed, whole
         self.random = random.Random(seed)
         self.data = bytearray(whole)
         self.name = text(whole, "name")
@@ -356,9 +356,8 @@ def _lengthen(damage: Damage) -> str:
 
 
 def _nothing_left(damage: Damage) -> str:
-    kind = damage.random.choice(("zeroes", "noise"))
-    size = len(damage.data)
-    damage.data[:] = bytes(size) if kind == "zeroes" else damage.random.randbytes(size)
+    kind, size = damage.random.choice(("zeroes", "ones", "noise")), len(damage.data)
+    damage.data[:] = {"zeroes": bytes(size), "ones": b"\xff" * size, "noise": damage.random.randbytes(size)}[kind]
     return kind
 
 
@@ -439,6 +438,8 @@ class Ordeal:
             if path.read_bytes() != data:
                 raise Fault(f"{self.damage!r}: looking has changed it")
             self._act("a cut while it is open", lambda: self._cut(path))
+        with segment(self.name, self.damage.whole) as path:
+            self._act("damage while it is open", lambda: self._late(path))
         for what, join in (("attach()", self._attach), ("Pool()", self._make)):
             with self._laid():
                 self._act(what, join)
@@ -504,6 +505,21 @@ class Ordeal:
                 except PoolError:
                     continue
                 raise AssertionError(f"cut to {self.damage.cut} bytes, and it has not noticed")
+
+    def _late(self, path: Path) -> None:
+        """What was found good is damaged when it is open: nothing that was checked may be believed."""
+        with shmpool.inspect(self.name) as inspector, slab.view(self.name, writable=True) as view:
+            with open(path, "r+b") as file:
+                file.write(self.damage.data[: len(self.damage.whole)])
+            inspector.stats().to_dict()
+            inspector.events()
+            for look in (view.identity, view.members, view.workers, view.mailboxes, view.limits, view.snapshot):
+                look()
+            for state in ("paused", "open", "draining"):
+                view.steer(state)
+            for cap in (1, 6):
+                view.resize(cap)
+            view.evict(0, b"", True)
 
     def _attach(self) -> None:
         shmpool.attach(self.name, timeout=0.001).leave()
