@@ -291,10 +291,10 @@ def _config(damage: Damage) -> str:
 def _events(damage: Damage) -> str:
     """Whole events that say what they like; then perhaps a count of them that cannot be."""
     begin = damage.map.parts["events"][0]
-    count = damage.random.choice((8, 64, EVENTS))
-    first = damage.random.choice((0, 5, number(damage.data, "next_event"), (1 << 63) - 8, (1 << 64) - EVENTS))
+    count = damage.random.choice((8, EVENTS))
+    first = damage.random.choice((0, 5, number(damage.data, "next_event"), (1 << 63) - 8, (1 << 64) - EVENTS - 1))
     for event in range(first, first + count):
-        kind = damage.random.choice((damage.random.randrange(13), damage.random.randrange(13), 13, 255))
+        kind = damage.random.choice((damage.random.randrange(13), 1, 10, 13, 255))  # 1, 10: those with a reason
         words = [int.from_bytes(damage.hostile(8), "little") for _ in range(5)]
         words[4] = damage.random.randrange(256) << 8 | kind
         said = damage.random.choice(HOSTILE_TEXTS) * damage.random.choice((1, 9))
@@ -376,7 +376,7 @@ _KINDS: dict[str, tuple[Callable[[Damage], str], int]] = {
     "consistent lie": (_consistent_lie, 3),
     "cut": (_cut, 1),
     "lengthened": (_lengthen, 1),
-    "nothing left": (_nothing_left, 1),
+    "nothing left": (_nothing_left, 3),
 }
 _MANY = (1, 1, 1, 2, 2, 3)
 
