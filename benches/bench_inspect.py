@@ -64,6 +64,7 @@ def _lines(count: int, rounds: list[dict[str, tuple[float, float]]]) -> list[Lin
 def _rounds(count: int, rounds: int) -> list[dict[str, tuple[float, float]]]:
     """Of each round and slice: turns per second of processor time, and of wall time, of all workers together."""
     words, found = floor.load().Words(), []
+    words.store(AT_REST, 1)
     names = {what: f"bench-{os.getpid()}-{secrets.token_hex(3)}" for what in (KILLED, ELSEWHERE)}
     with Crew(Forked(_looker, words, names[KILLED]), Forked(_killer, words, names)) as inspectors, Peer() as peer:
         with (
@@ -87,8 +88,8 @@ def _rounds(count: int, rounds: int) -> list[dict[str, tuple[float, float]]]:
 def _slice(words: Any, count: int, what: str, number: int) -> tuple[float, float]:
     mine = [8 * (worker + 1) for worker in range(count)]
     if what in (KILLED, ELSEWHERE):
-        words.store(AT_REST, 0)
         words.wake(KILLER, SLICES.index(what))
+        words.sleep_while(AT_REST, 1)
     elif what == LOOKS:
         words.wake(LOOKER, number)
     for at in mine:
@@ -143,6 +144,7 @@ def _killer(words: Any, names: dict[str, str]) -> None:
         where = words.load(KILLER)
         if where == STOP:
             return
+        words.wake(AT_REST, 0)
         while words.load(KILLER):
             inspector = Forked(_look_without_end, names[SLICES[where]])
             time.sleep(chance.uniform(0.0, LONGEST_LIFE_S))

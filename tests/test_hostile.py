@@ -44,7 +44,7 @@ SLABS = int(os.environ.get("SHMPOOL_TEST_SLABS", 5000 if LONG else 120))
 PARTS = 2  # processes that share them, for two cores
 KILLS = 500 if LONG else 30
 LOOKS_AT_REST = 1000 if LONG else 80
-HANG_S = 60.0  # for all that is done with one slab; a hundred times what it takes
+HANG_S = 120.0  # for all that is done with one slab; a hundred times what it takes
 ROOT = Path(__file__).parent.parent
 
 
