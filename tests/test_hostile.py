@@ -78,7 +78,7 @@ def test_the_map_of_the_slab_is_the_cores(donor: bytes, members: Members) -> Non
     assert text(donor, "config").startswith("{")
     assert (number(donor, "cap"), number(donor, "bound")) == (4, 4)
     with inspect(members.name) as inspector:
-        assert number(donor, "next_event") == inspector.events().next
+        assert 0 < number(donor, "next_event") <= inspector.events().next  # some may have happened since
 
 
 # Damage -------------------------------------------------------------------------------------------------------------
