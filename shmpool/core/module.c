@@ -1500,6 +1500,7 @@ static inline PyObject *get_lease(PoolObject *self, uint32_t mask, uint64_t time
     if (SHM_UNLIKELY(entry->connection != SHM_LOAD(row, row->connection) || *entry->dirty ||
                      (condition = pool_validate(pool, claim.slot, entry->fd, now)) != CONDITION_GOOD)) {
         struct request request = request_new(mask, timeout_ns, may_wait);
+        pool_timing_undo(pool, weight);
         PyObject *lease = lease_existing(self, &claim, &request, condition == CONDITION_GOOD ? NULL : &condition);
         if (!lease && PyErr_Occurred())
             count_failure(self);

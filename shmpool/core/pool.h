@@ -340,8 +340,8 @@ static inline void pool_count_total(struct pool *pool, unsigned counter, uint64_
     SHM_ADD(count, pool->slab.totals->counters[counter], by);
 }
 
-/* Time this lease? Returns the weight of the sample, 0 for no: every lease while they come slower than the coarse clock
- * ticks, else one in 16. */
+/* Time this lease out of the cache? Returns the weight of the sample, 0 for no: every lease while they come slower than the coarse clock
+ * ticks, else one in 16. Others are always timed, each for itself. */
 static inline uint32_t pool_timing_due(struct pool *pool, uint64_t now_coarse)
 {
     uint32_t count = SHM_LOAD(private, pool->timing_count) + 1;
@@ -354,11 +354,11 @@ static inline uint32_t pool_timing_due(struct pool *pool, uint64_t now_coarse)
     return count;
 }
 
-/* The sample was not taken: those it stood for wait for the next. */
+/* It was none out of the cache: those before it wait for the next sample, and it is not one of them. */
 static inline void pool_timing_undo(struct pool *pool, uint32_t weight)
 {
-    if (weight)
-        SHM_STORE(private, pool->timing_count, weight - 1);
+    uint32_t count = weight ? weight : SHM_LOAD(private, pool->timing_count);
+    SHM_STORE(private, pool->timing_count, count ? count - 1 : 0);
 }
 
 #endif
