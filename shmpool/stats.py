@@ -28,9 +28,9 @@ import operator
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from .config import PoolConfig
 from .dialing import unpack_failure
@@ -63,6 +63,22 @@ _SIZES = ("listening", "max_connections", "min_connections", "max_idle_connectio
 
 # (lower, upper, count) of a bucket; nanoseconds
 _Histogram = Sequence[tuple[int, int, int]]
+_T = TypeVar("_T")
+
+
+class _made_once(Generic[_T]):  # noqa: N801 - a decorator
+    """functools.cached_property without its lock: before Python 3.12 all instances share one, and a child that is
+    forked while another thread has it waits for it for ever. Two threads may make the same figures twice."""
+
+    def __init__(self, make: Callable[[Any], _T]) -> None:
+        self._make, self._name = make, make.__name__
+        self.__doc__ = make.__doc__
+
+    def __get__(self, owner: Any, _: type) -> _T:
+        if owner is None:  # of the class: it is documentation
+            return self  # type: ignore[return-value]
+        made = vars(owner)[self._name] = self._make(owner)
+        return made
 
 
 class _Record:
@@ -374,37 +390,37 @@ class PoolStats(_Record):
         """What to_dict() has, without workers, slots and waiters."""
         return {name: _plain(getattr(self, name)) for name in self._names() if name not in _ROWS}
 
-    @functools.cached_property
+    @_made_once
     def get_latency(self) -> Latency:
         """From the call of get() to its return with a connection."""
         return Latency.from_histogram(_merged(_column(self._snapshot, "worker", "get_hist")))
 
-    @functools.cached_property
+    @_made_once
     def wait_latency(self) -> Latency:
         """In the queue, however that ended; calls that did not wait are not in it."""
         return Latency.from_histogram(self._snapshot["wait_hist"])
 
-    @functools.cached_property
+    @_made_once
     def use_latency(self) -> Latency:
         """From lease to release."""
         return Latency.from_histogram(_merged(_column(self._snapshot, "worker", "use_hist")))
 
-    @functools.cached_property
+    @_made_once
     def dial_latency(self) -> Latency:
         """Of dials, failed ones too."""
         return Latency.from_histogram(self._snapshot["dial_hist"])
 
-    @functools.cached_property
+    @_made_once
     def workers(self) -> tuple[WorkerStats, ...]:
         """Every worker index that was ever used, in order."""
         return _worker_stats(self._snapshot)
 
-    @functools.cached_property
+    @_made_once
     def slots(self) -> tuple[ConnectionStats, ...]:
         """The slots that are not empty, in order."""
         return _connection_stats(self._snapshot)
 
-    @functools.cached_property
+    @_made_once
     def waiters(self) -> tuple[WaiterStats, ...]:
         """The calls that wait; who has waited longest is the first."""
         return _waiter_stats(self._snapshot)

@@ -21,10 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shmpool
+import shmpool.stats as stats_module
 from shmpool import DialError, DialRequest, Pool, PoolClosed, PoolConfig
 from shmpool.hooks import CloseReason
 from shmpool.stats import FAILURES, HELD, KINDS, SOURCES, STATES, UNCOUNTED, ConnectionCounts, Latency, PoolStats
-from tests.processes import Family, until
+from tests.processes import TIMEOUT_S, Family, until
 from tests.servers import ExclusiveServer
 
 CORE = Path(__file__).parent.parent / "shmpool" / "core"
@@ -385,6 +386,30 @@ def test_figures_do_not_change() -> None:
     stats = stats_of()
     with pytest.raises(FrozenInstanceError):
         stats.hits = 3  # type: ignore[misc]
+
+
+def test_a_child_that_is_forked_while_figures_are_made_makes_them_too(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when they are made under a lock, which a forked child finds locked by a thread that it has not."""
+    making, may_end = threading.Event(), threading.Event()
+    parent, make = os.getpid(), stats_module._connection_stats
+
+    def make_slowly(snapshot: Any) -> Any:
+        if os.getpid() == parent:
+            making.set()
+            may_end.wait(TIMEOUT_S)
+        return make(snapshot)
+
+    monkeypatch.setattr(stats_module, "_connection_stats", make_slowly)
+    thread = threading.Thread(target=lambda: stats_of(slots=(slot(0),)).slots)
+    thread.start()
+    try:
+        assert making.wait(TIMEOUT_S)
+        assert family.fork(lambda: len(stats_of(slots=(slot(0), slot(1))).slots)).result() == 2
+    finally:
+        may_end.set()
+        thread.join()
 
 
 def test_to_dict_is_json_and_complete() -> None:
