@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -502,6 +505,30 @@ def test_it_ends(number: signal.Signals) -> None:
             server.process.send_signal(number)
             assert server.process.communicate(timeout=DEADLINE_S) == ("", "")
         assert server.process.returncode == 0
+
+
+def test_silent_clients_make_room(url: str, name: str, loopback: Served) -> None:
+    """Breaks when clients that stay take the descriptors away from others, or from the looks at pools."""
+    resource.prlimit(loopback.process.pid, resource.RLIMIT_NOFILE, (100, 100))
+    with Pool(url, name=name, min_connections=0), contextlib.ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(socket.create_connection((loopback.host, loopback.port), DEADLINE_S))
+        until(lambda: loopback.status(name) == "open", "a new client is answered, and a new pool is seen")
+        assert loopback.pool(name)["name"] == name
+
+
+def test_a_look_that_fails_is_not_the_last(url: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, fails = recorder_module.pool_names, threading.Semaphore(3)
+
+    def pool_names() -> Iterator[str]:
+        if fails.acquire(blocking=False):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), slab.DIRECTORY)
+        return names()
+
+    monkeypatch.setattr(recorder_module, "pool_names", pool_names)
+    monkeypatch.setattr(recorder_module, "PERIOD_S", 0.01)
+    with Pool(url, name=name, min_connections=0), Recorder() as looking:
+        until(lambda: looking.pool(name), "it looks again")
 
 
 def test_whoever_listens_elsewhere_is_warned() -> None:

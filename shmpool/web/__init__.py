@@ -23,6 +23,7 @@ import contextlib
 import ipaddress
 import json
 import re
+import resource
 import signal
 import socket
 import socketserver
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qs, unquote
 
 from ..errors import PoolError
@@ -44,6 +45,7 @@ __all__ = ["serve"]
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _SILENCE_S = 60.0  # a client that says nothing for so long is let go
+_CONNECTIONS_MAX = 64  # of more, the one whose last request is longest ago
 _ASSETS = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
@@ -130,10 +132,17 @@ def _refusal(status: HTTPStatus, text: str) -> _Answer:
 
 
 class _Server(ThreadingHTTPServer):
-    """Its threads end with the process, whatever their clients do."""
+    """Its threads end with the process, whatever their clients do. Clients that stay, silent or slow, make room for new
+    ones, and leave descriptors to the recorder."""
+
+    request_queue_size = _CONNECTIONS_MAX
 
     def __init__(self, recorder: Recorder, host: str, port: int) -> None:
         self.recorder, self.host = recorder, host
+        self._connections: dict[socket.socket, None] = {}  # the one whose last request is longest ago is the first
+        self._lock = threading.Lock()
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = _CONNECTIONS_MAX if limit == resource.RLIM_INFINITY else max(1, min(_CONNECTIONS_MAX, limit // 4))
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         package = resources.files(__name__)
         self.assets = {path: (package.joinpath(name).read_bytes(), kind) for path, (name, kind) in _ASSETS.items()}
@@ -143,6 +152,27 @@ class _Server(ThreadingHTTPServer):
         """Not HTTPServer's, which asks the resolver for the name of the address."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.host, self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.note(request, is_new=True)
+        super().process_request(request, client_address)
+
+    def note(self, connection: socket.socket, *, is_new: bool = False) -> None:
+        """It is the last one to be let go now, and when it is one too many, another goes."""
+        with self._lock:
+            if is_new or connection in self._connections:
+                self._connections.pop(connection, None)
+                self._connections[connection] = None
+            if len(self._connections) > self._most:
+                silent = next(iter(self._connections))
+                del self._connections[silent]
+                with contextlib.suppress(OSError):  # its thread sees the end, and closes it
+                    silent.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._connections.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that goes away in the middle is no error of ours."""
@@ -156,6 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _SILENCE_S
 
     def do_GET(self) -> None:
+        self._served.note(self.connection)
         self._send(self._found())
 
     do_HEAD = do_GET  # noqa: N815 - as the base class looks for it

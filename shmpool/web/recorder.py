@@ -13,6 +13,7 @@ Not here: HTTP (`web`), what the figures mean (`stats`), opening a pool (`inspec
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -230,7 +231,8 @@ class Recorder:
     def _look_on(self) -> None:
         due = time.monotonic()
         while not self._is_over.wait(max(0.0, due - time.monotonic())):
-            self.look()
+            with contextlib.suppress(OSError):  # no descriptor was free, say: the next look may have one
+                self.look()
             due = max(due + PERIOD_S, time.monotonic())  # what was missed, in a sleep of the machine's say, is a gap
 
     def look(self) -> None:
