@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import multiprocessing
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections import Counter
@@ -28,7 +30,7 @@ from shmpool.inspector import Inspector
 from shmpool.integrations.opentelemetry import instrument
 from shmpool.metrics import METRICS, Times
 from shmpool.stats import FAILURES, SOURCES, UNCOUNTED
-from tests.processes import Child, Family, Latch, proven, until, use
+from tests.processes import Child, Family, Latch, Way, proven, until, use
 from tests.servers import ExclusiveServer
 from tests.test_inspector import segment
 
@@ -381,6 +383,64 @@ def test_a_forked_child_is_not_its_parent(pool: Pool, family: Family) -> None:
         with reported(pool) as other:
             assert silent.alive()
             assert other.collect().pools() == {pool.name}, "the silent child has not kept its parent's part"
+
+
+def test_what_was_told_is_never_taken_back(pool: Pool, family: Family) -> None:
+    """Neither by who instruments a pool anew, nor by a child that has its parent's provider."""
+
+    def leases(report: Reported) -> float:
+        return sum(report.collect().by("shmpool.source", "shmpool.leases", pool.name).values())
+
+    def takes_over() -> list[float]:
+        found = [leases(report)]
+        is_asked.set()
+        is_left.wait()
+        for _ in range(2):
+            pool.get().release()
+            found.append(leases(report))
+        return found
+
+    latches = contextlib.closing(Latch()), contextlib.closing(Latch())
+    with latches[0] as is_asked, latches[1] as is_left, reported(pool, deltas=True) as report:
+        for _ in range(5):
+            pool.get().release()
+        assert leases(report) == 5
+        report.instrumentation.uninstrument()
+        report.instrumentation = instrument(pool, meter_provider=report.provider)
+        pool.get().release()
+        assert leases(report) == 1
+        child = family.fork(takes_over)
+        is_asked.wait()
+        report.instrumentation.uninstrument()
+        is_left.set()
+        assert child.result() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("way", ["libc", "clone"])
+def test_a_child_that_python_knows_nothing_of(pool: Pool, family: Family, way: Way) -> None:
+    def collects() -> set[str]:
+        return report.collect().pools()
+
+    with reported(pool) as report:
+        assert collects() == {pool.name}
+        assert family.fork(collects, way=way).result() == set(), "the parent reports"
+
+
+def test_descriptors_that_the_program_has_closed(pool: Pool, family: Family) -> None:
+    """A daemon closes what it finds open; the numbers are its own then."""
+
+    def becomes_a_daemon() -> tuple[set[str], bool]:
+        report = Reported(pool)
+        number = report.instrumentation._watched[0]._segment
+        os.close(number)
+        own = os.open(os.devnull, os.O_RDONLY)
+        assert own == number
+        collected = report.collect().pools()
+        report.instrumentation.uninstrument()
+        gc.collect()
+        return collected, stat.S_ISCHR(os.fstat(own).st_mode)
+
+    assert family.fork(becomes_a_daemon).result() == (set(), True)
 
 
 def test_an_instrumented_parent_leaves_it_to_its_children(pool: Pool, family: Family) -> None:

@@ -17,7 +17,9 @@ a lock of this file alone: the core's are of another kind (fcntl), and neither s
 
 Counters are what was counted since `instrument()`, which is when the SDK says that they began. A process that does not
 report notes at each collection how far they are, and goes on from there when its turn comes: the sum over processes is
-right, in deltas and in totals, up to what happened in the one interval in which the reporter died.
+right, in deltas and in totals, up to what happened in the one interval in which the reporter died. What was told to a
+provider before is never taken back, since it reckons deltas from that: so a process goes on from the total that it, or
+the parent whose provider it has inherited, had told.
 
 The API knows no asynchronous histogram, and the Python SDK takes none that was made elsewhere (the specification's
 MetricProducer). So of each distribution there are a gauge of quantiles, over the time since the last collection
@@ -89,6 +91,7 @@ class Instrumentation:
 
 _TIMES = [metric for metric in METRICS if isinstance(metric, Times)]
 _Buckets = Mapping[tuple[int, int], int]  # (lower ns, upper ns): count
+_Series = tuple[str, str, str]  # instrument, pool, the label's value
 
 
 def _stem(times: Times) -> str:
@@ -142,30 +145,44 @@ class _Watched:
         self._counted = {each.name: each.numbers(look) for each in _FIGURES}
         self._timed = {times.name: _buckets(times, look) for times in _TIMES}
         self._segment = slab.open_checked(pool.name)
+        self._status, self._pid = os.fstat(self._segment), os.getpid()
         _everywhere.add(self)
 
     def __del__(self) -> None:
-        if hasattr(self, "_segment"):
+        if hasattr(self, "_status") and self._has_segment():
             os.close(self._segment)
 
-    def observations(self) -> Iterator[tuple[str, Observation]]:
-        """By the instrument's name; none where another process reports the pool."""
+    def _has_segment(self) -> bool:
+        """Else the program has closed the descriptor, and the number may be its own by now."""
+        try:
+            return os.path.samestat(os.fstat(self._segment), self._status)
+        except OSError:
+            return False
+
+    def observations(self, told: dict[_Series, float]) -> Iterator[tuple[str, Observation]]:
+        """By the instrument's name; none where another process reports the pool. `told`: what counters had come to."""
         look = look_at(self._pool)
         numbers = {each.name: each.numbers(look) for each in _FIGURES}
         before, self._timed = self._timed, {times.name: _buckets(times, look) for times in _TIMES}
+        counted, self._counted = self._counted, numbers
         if not self._is_ours():
-            self._counted = numbers
             return
         for figure in _FIGURES:
-            base = self._counted[figure.name] if isinstance(figure, Counter) else {}
             for value, number in numbers[figure.name].items():
-                yield figure.name, _observation(look, number - base.get(value, 0), figure.label, value)
+                if isinstance(figure, Counter):
+                    series = figure.name, look.name, value
+                    told[series] = number = told.get(series, 0) + number - counted[figure.name].get(value, 0)
+                yield figure.name, _observation(look, number, figure.label, value)
         for name, buckets in self._timed.items():
             for share, seconds in _quantiles(buckets, before[name]).items():
                 yield name, _observation(look, seconds, "quantile", share)
 
     def _is_ours(self) -> bool:
         """Whether this process reports the pool: it does already, or the place was free."""
+        if self._pid != os.getpid():  # forked without Python's knowledge
+            self.leave_to_the_parent()
+        if not self._has_segment():
+            return False
         try:
             fcntl.flock(self._segment, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,7 +191,15 @@ class _Watched:
 
     def leave_to_the_parent(self) -> None:
         """In a forked child: its descriptor is the parent's, lock included, until it is opened anew."""
-        own = os.open(f"/proc/self/fd/{self._segment}", os.O_RDONLY | os.O_CLOEXEC)
+        self._pid = os.getpid()
+        if not self._has_segment():
+            return
+        try:
+            own = os.open(f"/proc/self/fd/{self._segment}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # no descriptor is free: then this process does not report
+            os.close(self._segment)
+            self._segment = -1
+            return
         os.dup2(own, self._segment, inheritable=False)
         os.close(own)
 
@@ -205,6 +230,7 @@ class _Reporter:
         self.watched: list[_Watched] = []  # replaced, never changed: a collection may be going through it
         self._found: Mapping[str, list[Observation]] = {}
         self._answered: set[str] = set()
+        self._told: dict[_Series, float] = {}
         for figure in _FIGURES:
             _creator(meter, figure)(figure.name, [self._callback(figure.name)], figure.unit, figure.about)
         for times in _TIMES:
@@ -226,7 +252,7 @@ class _Reporter:
         found = defaultdict(list)
         for watched in self.watched:
             try:
-                for name, observation in watched.observations():
+                for name, observation in watched.observations(self._told):
                     found[name].append(observation)
             except (PoolError, ValueError):  # damaged meanwhile; an inspector that was closed
                 continue
