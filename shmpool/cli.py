@@ -524,7 +524,7 @@ def _doctor(options: argparse.Namespace) -> int:
         raise PoolNotFound(name=options.name)
     damaged = [info for info in pools if info.error]
     living = [info.name for info in pools if info.alive and not info.error]
-    findings = examine(*living, seconds=options.seconds) if living else {}
+    findings = _examined(living, options)
     worst = {name: found[0].severity for name, found in findings.items() if found}
     if options.json:
         told = [
@@ -538,6 +538,18 @@ def _doctor(options: argparse.Namespace) -> int:
         sound = len(pools) - broken
         print(f"{sound} {'pool is' if sound == 1 else 'pools are'} sound, {broken} damaged, {len(removed)} removed")
     return FAILED if damaged or {"damage", "problem"} & set(worst.values()) else 0
+
+
+def _examined(names: Sequence[str], options: argparse.Namespace) -> dict[str, list[Finding]]:
+    """What is found of these pools; who did not ask for one by its name is not told that it has ended just now."""
+    while names:
+        try:
+            return examine(*names, seconds=options.seconds)
+        except PoolNotFound as gone:
+            if options.name:
+                raise
+            names = [name for name in names if name != gone.name]
+    return {}
 
 
 def _tell_findings(removed: Iterable[str], damaged: Iterable[PoolInfo], findings: dict[str, list[Finding]]) -> None:

@@ -120,7 +120,10 @@ class Case:
 
     def seconds(self, setting: str, default: float) -> float:
         value = self.settings.get(setting)
-        return float(value) if isinstance(value, (int, float)) else default
+        try:
+            return float(value) if isinstance(value, (int, float)) else default
+        except OverflowError:  # no setting of a pool
+            return default
 
     def who(self, pid: int | None) -> str:
         """A process in words."""
@@ -282,7 +285,7 @@ def _stuck(case: Case) -> Iterator[Finding]:
                     "stuck",
                     f"{case.who(waiter.pid)} waits for {time_text(waiter.waited)}, and connection {fits[0]} is idle",
                     "its process is too busy to take it, or blocked in a signal handler; if it is not, this is a fault "
-                    "of shmpool: please report it with `shmpool stats --json`",
+                    f"of shmpool: please report it with `shmpool stats {case.now.name} --json`",
                     {"pid": waiter.pid, "thread": waiter.thread, "waited": waiter.waited, "connection": fits[0]},
                 )
 
@@ -336,7 +339,7 @@ def _cap(case: Case) -> Iterator[Finding]:
         else f"max_connections={needed} in its settings (it can be resized to {case.now.resize_limit} as it runs)"
     )
     yield Finding(
-        "problem" if load.timeouts else "advice",
+        "problem" if case.change.timeouts else "advice",
         "cap",
         f"the cap is too small: {measured}{lost}",
         f"{how}, if the server bears that; or hold connections for less time",
@@ -385,7 +388,7 @@ def _leak(case: Case, slot: ConnectionStats, limit: float) -> Finding:
 _REMEDIES = {
     "broken": "the server closes them: make idle_timeout and max_lifetime shorter than its own limits, or see its log",
     "dirty": "bytes were left unread: read each answer to its end before the release",
-    "error": "the code that holds them raises or calls discard(): `shmpool events --kind discarded` says why",
+    "error": "the code that holds them raises or calls discard(): `shmpool events {name} --kind discarded` says why",
     "leaked": "leases are dropped without release(): lease with `with pool.get() as conn:`",
     "idle": "they are idle too long, or more than max_idle_connections: raise that, idle_timeout or min_connections",
     "lifetime": "max_lifetime is short for so many connections: raise it",
@@ -405,22 +408,22 @@ def _reconnects(case: Case) -> Iterator[Finding]:
     if load.created < FEW_LEASES or load.successes > 10 * load.created or not closed:
         return
     reason = max(closed, key=lambda each: closed[each])
-    if reason in ("shutdown", "resized"):
-        return
+    if reason in ("shutdown", "resized") or (reason == "broken" and case.settings.get("listening")):
+        return  # clients come and go
     ends = f"{closed[reason]} of {sum(closed.values())} ended as {reason.replace('_', ' ')}"
     yield Finding(
         "advice",
         "reconnects",
         f"a connection serves {load.successes / load.created:.1f} leases on average: {count_text(load.created)} were "
         f"opened in {time_text(load.interval)}, and {ends}",
-        _REMEDIES.get(reason, f"see `shmpool events {case.now.name} --kind closed`"),
+        _REMEDIES.get(reason, "see `shmpool events {name} --kind closed`").format(name=case.now.name),
         {"created": load.created, "leases": load.successes, "closed": closed},
     )
 
 
 def _descriptors(case: Case) -> Iterator[Finding]:
     for pid, process in case.processes.items():
-        share = process.descriptors / process.descriptors_max
+        share = process.descriptors / max(1, process.descriptors_max)  # a process may have forbidden itself any more
         if share >= NEARLY_FULL:
             yield Finding(
                 "problem" if share >= FULL else "advice",
@@ -514,7 +517,8 @@ def _maintenance(case: Case) -> Iterator[Finding]:
 def _minimum(case: Case) -> Iterator[Finding]:
     now = case.now
     there = now.open - now.connections["dialing"]
-    if now.prewarm_done and there < now.prewarm_target and case.first.open < now.prewarm_target:
+    is_kept = now.state == "open" and now.prewarm_done
+    if is_kept and there < now.prewarm_target and case.first.open < now.prewarm_target:
         yield Finding(
             "advice",
             "minimum",

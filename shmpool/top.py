@@ -316,7 +316,7 @@ def _gauge(now: PoolStats, width: int) -> Line:
     parts, seen, drawn = [], 0, 0
     for count, style in counts:
         seen += count
-        end = min(width, math.ceil(seen / now.max_connections * width) if count else drawn)
+        end = min(width, math.ceil(seen / max(1, now.max_connections) * width) if count else drawn)
         parts.append(Part("▇" * max(0, end - drawn), style))
         drawn = max(drawn, end)
     return (*parts, Part("·" * (width - drawn), "faint"))

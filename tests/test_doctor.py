@@ -21,7 +21,9 @@ import shmpool
 from shmpool import Pool, PooledConnection, slab
 from shmpool.cli import main
 from shmpool.doctor import Case, Finding, Process, diagnose, examine
+from shmpool.inspector import PoolInfo, list_pools
 from shmpool.stats import PoolStats
+from shmpool.views import gauge
 from tests.members import some_name
 from tests.processes import Family, until
 from tests.servers import ExclusiveServer
@@ -81,6 +83,33 @@ def test_a_pool_that_is_well(made: Callable[..., Pool], family: Family) -> None:
     workers.append(family.fork(use_for_ever, pool))
     until(lambda: pool.stats().recoveries == 1, "the dead one's part is taken back")
     assert codes(pool) == []
+
+
+def test_clients_come_and_go(made: Callable[..., Pool]) -> None:
+    """Nobody is advised to make the timeouts of a server's pool shorter because its clients end their connections."""
+    look = made().stats()
+    one_each = {**look._snapshot["totals"], "closed_broken": 100}
+    kinds = [(100, 0, 0, 0), *look._snapshot["kinds"][1:]]
+    snapshot = {**look._snapshot, "totals": {**one_each, "created": 100}, "kinds": kinds}
+    for listening, expected in ((False, ["reconnects"]), (True, [])):
+        now = PoolStats.from_snapshot({**snapshot, "config": json.dumps({"listening": listening})})
+        assert [each.code for each in diagnose(Case(look, now))] == expected
+
+
+def test_a_timeout_of_the_past_is_no_problem_now(made: Callable[..., Pool]) -> None:
+    pool = made(max_connections=1, maintenance_interval=math.inf)
+    with pool.get():
+        with pytest.raises(shmpool.PoolTimeout):
+            pool.get(timeout=0.001)
+        assert found(pool, "cap", 0.01).severity == "advice"
+
+
+def test_a_pool_that_drains_keeps_no_minimum(made: Callable[..., Pool]) -> None:
+    pool = made(min_connections=2)
+    until(lambda: pool.stats().prewarm_done, "it has its minimum")
+    pool.drain(10)
+    until(lambda: not pool.stats().open, "all have ended")
+    assert codes(pool, 0.01) == ["state"]
 
 
 # The slab -----------------------------------------------------------------------------------------------------------
@@ -262,7 +291,7 @@ def test_connections_that_serve_one_lease_each(made: Callable[..., Pool]) -> Non
     assert finding.severity == "advice"
     assert "a connection serves 1.0 leases on average: 25 were opened" in finding.what
     assert "25 of 25 ended as error" in finding.what
-    assert "discard()" in finding.remedy
+    assert f"discard(): `shmpool events {pool.name} --kind discarded` says" in finding.remedy
     for _ in range(300):
         pool.get().release()
     assert codes(pool) == []
@@ -284,6 +313,18 @@ def test_descriptors_near_the_limit(made: Callable[..., Pool], family: Family) -
     finding = found(pool, "descriptors")
     assert (finding.severity, finding.evidence["limit"]) == ("problem", 100)
     assert f"process {child.pid} (" in finding.what
+
+
+def test_a_process_that_may_have_no_descriptors(made: Callable[..., Pool]) -> None:
+    look = made().stats()
+    findings = diagnose(Case(look, look, processes={os.getpid(): Process("sandboxed", descriptors_max=0)}))
+    assert findings == []
+
+
+def test_settings_of_no_pool(made: Callable[..., Pool]) -> None:
+    look = made().stats()
+    strange = PoolStats.from_snapshot({**look._snapshot, "config": f'{{"leak_timeout": 1{"0" * 400}}}'})
+    assert diagnose(Case(strange, strange)) == []
 
 
 def test_processes_that_die_with_connections(made: Callable[..., Pool], family: Family) -> None:
@@ -348,3 +389,22 @@ def test_the_command(made: Callable[..., Pool], capsys: pytest.CaptureFixture[st
     pool.resume()
     assert main(["doctor", "nobody-has-this"]) == 1
     assert "there is no pool 'nobody-has-this'" in capsys.readouterr().err
+
+
+def test_a_pool_that_ends_before_it_is_looked_at(
+    made: Callable[..., Pool], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = made()
+    gone = PoolInfo(name=some_name(), alive=True)
+    (there,) = (info for info in list_pools() if info.name == pool.name)
+    monkeypatch.setattr("shmpool.cli.list_pools", lambda: [gone, there])
+    monkeypatch.setattr(slab, "reap", list)
+    assert main(["doctor", "--seconds", "0.01"]) == 0
+    assert f"{pool.name}: nothing is wrong\n" in capsys.readouterr().out
+    assert main(["doctor", gone.name, "--seconds", "0.01"]) == 1
+
+
+def test_a_cap_that_was_overwritten(made: Callable[..., Pool]) -> None:
+    stats = made().stats()
+    damaged = PoolStats.from_snapshot({**stats._snapshot, "max_connections": 0})
+    assert gauge(damaged).startswith("[")
