@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -424,6 +425,36 @@ def test_a_child_that_python_knows_nothing_of(pool: Pool, family: Family, way: W
     with reported(pool) as report:
         assert collects() == {pool.name}
         assert family.fork(collects, way=way).result() == set(), "the parent reports"
+
+
+def test_a_child_that_is_forked_while_a_pool_is_instrumented(
+    pool: Pool, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when it gets a descriptor that it does not know of, and with it its parent's part."""
+    is_open, has_forked, opens = threading.Event(), threading.Event(), slab.open_checked
+
+    def open_slowly(name: str) -> int:
+        found = opens(name)
+        is_open.set()
+        has_forked.wait(0.2)  # it waits for us, if all is well
+        return found
+
+    def instruments() -> None:
+        with reported(pool) as report:
+            found.extend(report.collect().pools())
+
+    found: list[str] = []
+    monkeypatch.setattr(slab, "open_checked", open_slowly)
+    thread = threading.Thread(target=instruments)
+    thread.start()
+    assert is_open.wait(DEADLINE_S)
+    silent = family.fork(signal.pause)
+    has_forked.set()
+    thread.join()
+    assert found == [pool.name]
+    with reported(pool) as other:
+        assert silent.alive()
+        assert other.collect().pools() == {pool.name}
 
 
 def test_descriptors_that_the_program_has_closed(pool: Pool, family: Family) -> None:

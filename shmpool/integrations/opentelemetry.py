@@ -36,6 +36,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import threading
 from collections import Counter as Multiset
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -144,13 +145,15 @@ class _Watched:
         look = look_at(pool)
         self._counted = {each.name: each.numbers(look) for each in _FIGURES}
         self._timed = {times.name: _buckets(times, look) for times in _TIMES}
-        self._segment = slab.open_checked(pool.name)
-        self._status, self._pid = os.fstat(self._segment), os.getpid()
-        _everywhere.add(self)
+        with _forks:
+            self._segment = slab.open_checked(pool.name)
+            self._status, self._pid = os.fstat(self._segment), os.getpid()
+            _everywhere.add(self)
 
     def __del__(self) -> None:
-        if hasattr(self, "_status") and self._has_segment():
-            os.close(self._segment)
+        with _forks:
+            if hasattr(self, "_status") and self._has_segment():
+                os.close(self._segment)
 
     def _has_segment(self) -> bool:
         """Else the program has closed the descriptor, and the number may be its own by now."""
@@ -205,14 +208,18 @@ class _Watched:
 
 
 _everywhere: WeakSet[_Watched] = WeakSet()
+_forks = threading.RLock()  # none happens between a descriptor's opening and its place in _everywhere, or in its end
 
 
 def _after_fork() -> None:
-    for each in _everywhere:
-        each.leave_to_the_parent()
+    try:
+        for each in _everywhere:
+            each.leave_to_the_parent()
+    finally:
+        _forks.release()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_forks.acquire, after_in_parent=_forks.release, after_in_child=_after_fork)
 
 
 def _observation(look: Look, number: float, label: str, value: str) -> Observation:
