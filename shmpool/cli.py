@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from . import __version__, slab, steering
-from .doctor import Finding, examine
+from .doctor import Finding, examine, remains_of
 from .errors import InvalidConfig, PoolError, PoolNotFound
 from .events import KINDS, Event, EventBatch
 from .inspector import Inspector, PoolInfo, inspect, list_pools, unlink
@@ -524,7 +524,8 @@ def _doctor(options: argparse.Namespace) -> int:
         raise PoolNotFound(name=options.name)
     damaged = [info for info in pools if info.error]
     living = [info.name for info in pools if info.alive and not info.error]
-    findings = _examined(living, options)
+    findings = {info.name: [remains_of(info.name)] for info in pools if not info.alive and not info.error}
+    findings |= _examined(living, options)
     worst = {name: found[0].severity for name, found in findings.items() if found}
     if options.json:
         told = [
@@ -535,8 +536,9 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         _tell_findings(removed, damaged, findings)
         broken = len(damaged) + sum(severity == "damage" for severity in worst.values())
-        sound = len(pools) - broken
-        print(f"{sound} {'pool is' if sound == 1 else 'pools are'} sound, {broken} damaged, {len(removed)} removed")
+        well = len(pools) - len(damaged) - len(worst)
+        others = len(pools) - well - broken
+        print(f"pools: {well} well, {others} with findings, {broken} damaged, {len(removed)} removed")
     return FAILED if damaged or {"damage", "problem"} & set(worst.values()) else 0
 
 

@@ -4,8 +4,7 @@
         print(finding.severity, finding.what, finding.remedy)
 
 Two looks, some time apart, because a pool under load is never at rest: what the slab must not say counts as damage only
-when both looks see it, and loads and rates are those of the time between (of the pool's whole life where too little
-happened in it). A finding is
+when both looks see it, and loads and rates are those of the time between. A finding is
 
     damage    the slab says what it cannot: it was overwritten
     problem   callers suffer now
@@ -37,7 +36,7 @@ from .inspector import Inspector, inspect
 from .stats import HELD, KINDS, STATES, UNCOUNTED, ConnectionStats, PoolStats
 from .views import count_text, time_text
 
-__all__ = ["Case", "Finding", "Process", "Severity", "diagnose", "examine"]
+__all__ = ["Case", "Finding", "Process", "Severity", "diagnose", "examine", "remains_of"]
 
 Severity = Literal["damage", "problem", "advice"]
 
@@ -104,12 +103,6 @@ class Case:
         return self.now.diff(self.first)
 
     @property
-    def load(self) -> PoolStats:
-        """The same, or the whole life where that is too little to judge by."""
-        change = self.change
-        return change if change.successes + change.timeouts >= FEW_LEASES else self.now
-
-    @property
     def settings(self) -> dict[str, Any]:
         """Those of who created the pool, as far as they can be read."""
         try:
@@ -143,6 +136,12 @@ def examine(*names: str, seconds: float = 1.0) -> dict[str, list[Finding]]:
             first[name] = inspector, inspector.stats()
         time.sleep(seconds)
         return {name: _second_look(*looked) for name, looked in first.items() if looked[0].alive}
+
+
+def remains_of(name: str) -> Finding:
+    """Of a pool that no process has any more."""
+    remedy = f"`shmpool unlink {name}` removes what is left; so does `shmpool doctor`, and the next pool that is made"
+    return Finding("advice", "remains", "no process uses it any more", remedy)
 
 
 def _second_look(inspector: Inspector, first: PoolStats) -> list[Finding]:
@@ -318,20 +317,15 @@ def _starvation(case: Case) -> Iterator[Finding]:
 
 def _cap(case: Case) -> Iterator[Finding]:
     """Little's law, L = rate x time: of the leases, how many are out on average; of the waits, how many calls wait."""
-    load, cap = case.load, case.now.max_connections
-    if load.interval <= 0 or case.now.state != "open":
+    load, cap = case.change, case.now.max_connections
+    if load.successes < FEW_LEASES or case.now.state != "open" or case.now.upstream in ("down", "probing"):
         return
-    seen = (case.first.in_use + case.now.in_use) / 2  # what is never returned is in no histogram
-    busy, queue = max(seen, load.use_latency.total / load.interval), load.wait_latency.total / load.interval
-    busy = min(busy, cap)
-    if busy < BUSY * cap or (queue < 0.5 and not load.timeouts):
-        return
-    needed = max(cap + 1, math.ceil((busy + queue) / WISHED))
-    measured = (
-        f"{count_text(load.per_second(load.successes))} leases/s of {time_text(load.use_latency.mean)} keep "
-        f"{busy:.1f} of {cap} connections busy, and {queue:.1f} calls wait at any moment, "
-        f"for {time_text(load.wait_latency.mean)} each"
-    )
+    kept = sum(slot.state == "leased" and (slot.since or 0.0) >= load.interval for slot in case.now.slots)
+    busy, queue = load.use_latency.total / load.interval, load.wait_latency.total / load.interval
+    if busy + kept < BUSY * cap or (queue < 0.5 and not load.timeouts) or 2 * kept >= cap:
+        return  # enough; or who keeps them is the trouble
+    needed = max(cap + 1, math.ceil((min(busy + kept, cap) + queue) / WISHED))
+    more = f", {kept} more {'is' if kept == 1 else 'are'} out for longer than we looked" if kept else ""
     lost = f"; {load.timeouts} calls got none in time" if load.timeouts else ""
     how = (
         f"`shmpool resize {case.now.name} {needed}`, and max_connections={needed} in its settings"
@@ -339,11 +333,20 @@ def _cap(case: Case) -> Iterator[Finding]:
         else f"max_connections={needed} in its settings (it can be resized to {case.now.resize_limit} as it runs)"
     )
     yield Finding(
-        "problem" if case.change.timeouts else "advice",
+        "problem" if load.timeouts else "advice",
         "cap",
-        f"the cap is too small: {measured}{lost}",
+        f"the cap of {cap} is too small: {count_text(load.per_second(load.successes))} leases/s of "
+        f"{time_text(load.use_latency.mean)} each keep {busy:.1f} connections busy{more}, and {queue:.1f} calls wait "
+        f"at any moment, for {time_text(load.wait_latency.mean)} each{lost}",
         f"{how}, if the server bears that; or hold connections for less time",
-        {"busy": busy, "queue": queue, "max_connections": cap, "wanted": needed, "timeouts": load.timeouts},
+        {
+            "busy": busy,
+            "kept": kept,
+            "queue": queue,
+            "max_connections": cap,
+            "wanted": needed,
+            "timeouts": load.timeouts,
+        },
     )
 
 
@@ -357,7 +360,7 @@ def _leaks(case: Case) -> Iterator[Finding]:
         yield Finding(
             "problem" if case.change.leaks else "advice",
             "dropped",
-            f"{_leases(case.now.leaks)} were dropped without release(), and ended by the garbage collector",
+            f"{_leases(case.now.leaks)} dropped without release(), and ended by the garbage collector",
             "lease with `with pool.get() as conn:`",
             {"leaks": case.now.leaks},
         )
@@ -377,8 +380,8 @@ def _leak(case: Case, slot: ConnectionStats, limit: float) -> Finding:
         "leak",
         f"connection {slot.id} is leased by {case.who(slot.holder)} for {time_text(slot.since or 0.0)}"
         f" (leak_timeout {limit:g} s){where}",
-        f"see why it is not returned{advice}; `shmpool evict {case.now.name} --id {slot.id}` ends it at its return, "
-        'leak_action="revoke" takes such leases away',
+        f'see why it is not returned{advice}; leak_action="revoke" takes such leases away; when process {slot.holder} '
+        "ends, the others get it back",
         {"connection_id": slot.id, "pid": slot.holder, "since": slot.since, "stack": stack},
     )
 
@@ -403,7 +406,8 @@ _REMEDIES = {
 
 def _reconnects(case: Case) -> Iterator[Finding]:
     """Connections that live for a few leases only."""
-    load = case.load
+    change = case.change
+    load = change if change.created >= FEW_LEASES else case.now
     closed = {reason: count for reason, count in load.closed.items() if count > 0 and reason != UNCOUNTED}
     if load.created < FEW_LEASES or load.successes > 10 * load.created or not closed:
         return
@@ -537,13 +541,13 @@ def _minimum(case: Case) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Case], Iterable[Finding]], ...] = (
-    _not_open,
+    _not_open,  # causes come before what they bring about
     _server,
     _stuck,
-    _starvation,
-    _cap,
     _leaks,
     _stopped,
+    _starvation,
+    _cap,
     _reconnects,
     _descriptors,
     _places,
@@ -558,7 +562,7 @@ def _calls(count: int) -> str:
 
 
 def _leases(count: int) -> str:
-    return f"{count} lease{'' if count == 1 else 's'}"
+    return f"{count} lease{' was' if count == 1 else 's were'}"
 
 
 def _connections(count: int) -> str:

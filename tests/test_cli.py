@@ -119,7 +119,7 @@ def test_doctor_removes_what_the_dead_left(
             assert said[0] == "removed dead: no process uses it any more"
             assert said[1].startswith("damaged: ")
             assert "shmpool unlink damaged" in said[1]
-            assert said[2:] == ["living: nothing is wrong", "1 pool is sound, 1 damaged, 1 removed"]
+            assert said[2:] == ["living: nothing is wrong", "pools: 1 well, 0 with findings, 1 damaged, 1 removed"]
             assert len(list((tmp_path / "shmpool").iterdir())) == 1
             assert main(["unlink", "damaged"]) == 0, "as it was told to"
         finally:
