@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from . import slab
 from .errors import SlabCorrupt
 from .events import Event
 from .inspector import Inspector, inspect
@@ -45,6 +46,7 @@ BUSY, WISHED = 0.85, 0.8  # shares of the cap: from where it is scarce, and whic
 SOON_S, STARVED_S = 0.1, 1.0
 FULL, NEARLY_FULL = 0.95, 0.8  # shares of a limit
 NEGLECTED_S, NEGLECTED_TICKS = 5.0, 10
+LATELY_S, FEW_DEATHS = 600.0, 3
 LONG_S = 300.0  # a lease, in a pool without leak_timeout
 ABSURD = 1 << 62
 _SHOWN = 3  # of several of a kind, in words
@@ -74,18 +76,21 @@ class Process(NamedTuple):
     descriptors_max: float = math.inf
 
     @classmethod
-    def of(cls, pid: int) -> Process | None:
-        """None: it has ended, or is not ours to look at."""
+    def of(cls, pid: int, segment: str | None = None) -> Process | None:
+        """None: it has ended, is not ours to look at, or is another one: it does not have that file open (the pool's
+        processes may be of another pid namespace)."""
         place = Path("/proc", str(pid))
         try:
             text = (place / "stat").read_text(errors="replace")
             limits = (place / "limits").read_text()
-            descriptors = len(os.listdir(place / "fd"))
+            files = [os.path.realpath(place / "fd" / each) for each in os.listdir(place / "fd")]
         except OSError:
+            return None
+        if segment is not None and segment not in files:
             return None
         name, state = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2]
         limit = next((line.split()[3] for line in limits.splitlines() if line.startswith("Max open files")), "")
-        return cls(name, state in "Tt", descriptors, int(limit) if limit.isdigit() else math.inf)
+        return cls(name, state in "Tt", len(files), int(limit) if limit.isdigit() else math.inf)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,8 @@ def _second_look(inspector: Inspector, first: PoolStats) -> list[Finding]:
             Finding("damage", "slab", str(error), f"`shmpool unlink {inspector.name} --force`, and restart its users")
         ]
     pids = [worker.pid for worker in now.workers if worker.alive]
-    processes = {pid: found for pid in pids if (found := Process.of(pid)) is not None}
+    segment = slab.path_of(inspector.name)
+    processes = {pid: found for pid in pids if (found := Process.of(pid, segment)) is not None}
     return diagnose(Case(first, now, events, processes))
 
 
@@ -453,7 +459,7 @@ def _places(case: Case) -> Iterator[Finding]:
     used = {"max_workers": alive, "max_waiters": case.now.waiting}
     for setting, count in used.items():
         limit = case.now._snapshot[setting]
-        if count >= NEARLY_FULL * limit:
+        if count >= NEARLY_FULL * limit and limit > 1:
             what = "processes use the pool" if setting == "max_workers" else "calls wait"
             yield Finding(
                 "advice",
@@ -489,13 +495,15 @@ def _deaths(case: Case) -> Iterator[Finding]:
                 f"they are taken back as soon as a process needs one; `shmpool recover {now.name}` does it now",
                 {"pid": worker.pid, "held": worker.held},
             )
-    if now.recovered_leases >= 3:
+    lately = [event for event in case.events if event.kind == "died" and time.time() - event.time < LATELY_S]
+    taken = sum(event.count or 0 for event in lately)
+    if len(lately) >= FEW_DEATHS and taken:
         yield Finding(
             "advice",
             "deaths",
-            f"{now.recoveries} processes have died, {_connections(now.recovered_leases)} in use among them",
+            f"{len(lately)} processes died in the last {time_text(LATELY_S)}, {_connections(taken)} in their hands",
             "see who kills them: a timeout of the server (gunicorn --timeout), the kernel's OOM killer (dmesg)",
-            {"recoveries": now.recoveries, "recovered_leases": now.recovered_leases},
+            {"deaths": len(lately), "taken_back": taken},
         )
 
 

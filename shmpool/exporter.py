@@ -41,11 +41,10 @@ except ModuleNotFoundError as missing:
 from .errors import PoolError, PoolNotFound
 from .inspector import Inspector, pool_names
 from .metrics import METRICS, POOL, Counter, Gauge, Look, Times, look_at
+from .pool import Pool
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
-
-    from .pool import Pool
 
 __all__ = ["BOUNDS", "collector", "exposition", "serve"]
 
@@ -65,7 +64,11 @@ def collector(pool: Pool | Inspector | None = None, *more: Pool | Inspector) -> 
     children; it takes no lock, never waits for a pool, and raises nothing because of one: `shmpool_pools` says how
     many were reported, and how many could not be. A pool that was closed is reported while the object given knows it.
     """
-    return _Collector([pool, *more] if pool is not None else [])
+    pools = [pool, *more] if pool is not None else list(more)
+    for each in pools:
+        if not isinstance(each, (Pool, Inspector)):
+            raise TypeError(f"collector() takes pools, or what shmpool.inspect() returns, not {each!r}")
+    return _Collector(pools)
 
 
 def exposition() -> str:

@@ -43,6 +43,7 @@ class PoolInfo:
     alive: bool = False  # some process still has it
     state: str = ""  # "open", "paused", "draining", "closed"
     size: int = 0  # bytes
+    open: int = 0  # connections there are, or are being opened or closed
     max_connections: int = 0  # as it is now
     target: str = ""
     upstream: str = ""  # the server's state: "unproved", "up", "down", "probing"
@@ -169,6 +170,7 @@ def _info(name: str) -> PoolInfo | None:
                 alive=inspector.alive,
                 state=snapshot["state"],
                 size=snapshot["size"],
+                open=sum(row[1] != "empty" for row in snapshot["slots"]),
                 max_connections=snapshot["max_connections"],
                 target=snapshot["target"],
                 upstream=snapshot["upstream"]["state"],

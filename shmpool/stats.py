@@ -3,7 +3,7 @@
     stats = pool.stats()                          # or shmpool.inspect("redis").stats()
     stats.in_use, stats.waiting, stats.get_latency.p99
     change = later.diff(earlier)
-    change.gets / change.interval                 # gets a second, between the two
+    change.per_second(change.gets)                # between the two
 
 A snapshot is a plain dict that the core makes; everything here is computed from it and nothing is asked again, so the
 figures of one `PoolStats` belong together as far as a pool that is never stopped for looking allows. Gauges
@@ -49,8 +49,9 @@ HELD = frozenset({"leased", "dialing", "checking", "retiring", "offered"})
 _DESCRIBED = HELD - {"dialing"} | {"idle"}
 
 _BUCKETS: tuple[tuple[str, int | None], ...] = (("tcp", 4), ("tcp", 6), ("udp", 4), ("udp", 6), ("unix", None))
+_PROTOCOLS, _VERSIONS = ("tcp", "udp", "unix"), (4, 6)
 KINDS = ("tcp4", "tcp6", "udp4", "udp6", "unix")  # the same, as names
-_FLAGS = ("private", "unmailed", "ending")
+_FLAGS = ("private", "unmailed", "ending", "overdue")
 _CLOSED = "closed_"
 # The reason of an end that has not been counted yet, or never is, because its process died before it could.
 UNCOUNTED = "uncounted"
@@ -214,7 +215,7 @@ class ConnectionStats(_Record):
     `holder` is the pid that has it in its hands, `cached_by` the pid in whose local cache it lies idle. `since` is how
     long it has been leased, or unused; `checked` how long ago it was opened, or checked in the background. `flags`:
     "private" (only one process can use it), "unmailed" (its descriptor could not be deposited), "ending" (evict() or
-    resize() will end it when it is returned).
+    resize() will end it when it is returned), "overdue" (its lease was reported as out for longer than leak_timeout).
     """
 
     index: int
@@ -436,7 +437,13 @@ class PoolStats(_Record):
         return self.counts().current
 
     def counts(self, protocol: str | None = None, ip_version: int | None = None) -> ConnectionCounts:
-        """Created, closed, current, idle and active connections of a protocol, an IP version, both, or all."""
+        """Created, closed, current, idle and active connections of a protocol, an IP version, both, or all.
+
+        Raises ValueError when there are none such: "tcp", "udp", "unix"; 4, 6.
+        """
+        if protocol not in (None, *_PROTOCOLS) or ip_version not in (None, *_VERSIONS):
+            asked = f"protocol={protocol!r}, ip_version={ip_version!r}"
+            raise ValueError(f"{asked}: protocols are {', '.join(_PROTOCOLS)}; versions of IP are 4 and 6")
         wanted = [
             counts
             for (its_protocol, its_version), counts in zip(_BUCKETS, self.kinds.values(), strict=True)

@@ -157,12 +157,20 @@ class Processes:
 
     def __init__(self) -> None:
         self._names: dict[tuple[int, int], str] = {}
+        self._stopped: set[int] = set()
 
     def update(self, workers: Iterable[WorkerStats]) -> None:
-        """Read the names of those that live; a process may change its own."""
-        for worker in workers:
-            if worker.alive:
-                self._names[worker.index, worker.generation] = process_name(worker.pid)
+        """Read the names of those that live, since a process may change its own, and whether they are stopped."""
+        living = [worker for worker in workers if worker.alive]
+        for worker in living:
+            self._names[worker.index, worker.generation] = process_name(worker.pid)
+        self._stopped = {worker.pid for worker in living if is_stopped(worker.pid)}
+
+    def state(self, worker: WorkerStats) -> Cell:
+        """Alive, stopped (by SIGSTOP, or a debugger), or ended."""
+        if not worker.alive:
+            return Cell("ended", 2)
+        return Cell("stopped", 1, "bad") if worker.pid in self._stopped else Cell("alive", 0, "good")
 
     def name(self, worker: WorkerStats) -> str:
         """ "" when it was never seen alive."""
@@ -183,6 +191,14 @@ def process_name(pid: int) -> str:
         return printable(words[words.index("-m") + 1])
     script = next((word for word in words[1:] if not word.startswith("-")), "")
     return printable(program if "-c" in words or not script else script.rpartition("/")[2])
+
+
+def is_stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            return (file.read(512) or b"").rpartition(b") ")[2][:1] in (b"T", b"t")
+    except OSError:
+        return False
 
 
 class Sample(NamedTuple):
@@ -394,7 +410,7 @@ class Column:
 WORKERS = (
     Column("pid", is_found=True),
     Column("process", rank=2, least=8, is_found=True),
-    Column("state", rank=9, least=5, is_found=True),
+    Column("state", rank=9, least=7, is_found=True),
     Column("held"),
     Column("idle"),
     Column("wait"),
@@ -443,7 +459,7 @@ def worker_rows(look: Look, processes: Processes) -> Iterator[Row]:
         cells = (
             Cell(f"{'' if worker.alive else '†'}{worker.pid}", worker.pid),
             Cell(processes.name(worker), processes.name(worker), "dim"),
-            Cell("alive", 0, "good") if worker.alive else Cell("ended", 1),
+            processes.state(worker),
             _number(worker.held, "good"),
             _number(worker.cached, "calm"),
             _number(worker.waiting, "warn"),

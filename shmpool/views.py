@@ -71,23 +71,30 @@ def pools_view(pools: Iterable[PoolInfo]) -> View:
             down = ", server down" if info.upstream in DOWN else ""
             state = info.state + down if info.alive else "dead"
             style = "dim" if not info.alive else "" if state == "open" else "yellow"
-            cells = (info.name, state, str(info.pid), str(info.max_connections), size, created, info.target)
+            connections = f"{info.open} of {info.max_connections}"
+            cells = (info.name, state, str(info.pid), connections, size, created, info.target)
             view.add(*cells, style=style)
     return view
 
 
 def pool_views(now: PoolStats, change: PoolStats, *, alive: bool = True) -> list[View]:
     """A pool: its gauges and life as `now` has them, rates and latencies as `change` has them."""
-    return [head_view(now, alive=alive), summary_view(now, change), workers_view(change), connections_view(now)]
+    head = head_view(now, change, alive=alive)
+    return [head, summary_view(now, change), workers_view(change), connections_view(now)]
 
 
-def head_view(now: PoolStats, *, alive: bool = True) -> View:
-    """One line: which pool this is."""
+def head_view(now: PoolStats, change: PoolStats | None = None, *, alive: bool = True) -> View:
+    """Which pool this is, and, when its rates (`change`) are those of its life, that they are."""
     view = View(left=frozenset({0}))
     age = time_text(time.time() - now.created_at)
     dead = not alive and now.state != "closed"
     state = "dead: no process has it any more" if dead else _STATES.get(now.state, now.state)
     view.add(f"{now.name}  {now.target}  {state}  {age} old", style="bold")
+    if change is now:
+        view.add(
+            "rates and times: of its life, a worker's also of those before it; of now: shmpool top --once",
+            style="dim",
+        )
     return view
 
 

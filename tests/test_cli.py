@@ -62,7 +62,7 @@ def test_list(only: Pool, capsys: pytest.CaptureFixture[str], url: str) -> None:
     assert main(["list"]) == 0
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split() == ["name", "state", "creator", "connections", "memory", "age", "target"]
-    assert row.split()[:4] == [only.name, "open", str(os.getpid()), "3"]
+    assert row.split()[:6] == [only.name, "open", str(os.getpid()), "0", "of", "3"]
     assert row.endswith(url)
 
 
@@ -90,7 +90,7 @@ def test_list_of_the_dead_and_the_damaged(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(cli, "list_pools", lambda: infos)
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^d +dead +7 +2 +4 KiB .* x\?\[31m$", out, re.MULTILINE)
+    assert re.search(r"^d +dead +7 +0 of 2 +4 KiB .* x\?\[31m$", out, re.MULTILINE)
     assert re.search(r"^broken +damaged +0 B +it is a FIFO$", out, re.MULTILINE)
 
 

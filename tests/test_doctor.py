@@ -369,13 +369,24 @@ def test_processes_that_die_with_connections(made: Callable[..., Pool], family: 
         assert found(pool, "dead").evidence == {"pid": child.pid, "held": 1}
         assert ("deaths" in codes(pool, 0.01)) == (turn > 3)
         pool.recover()
-    assert "3 processes have died, 3 connections in use among them" in found(pool, "deaths").what
+    assert found(pool, "deaths").what == "3 processes died in the last 10m00s, 3 connections in their hands"
 
 
-def test_places_that_run_out(made: Callable[..., Pool]) -> None:
-    pool = made(max_workers=1)
+def test_who_has_not_the_segment_is_another_process(made: Callable[..., Pool]) -> None:
+    """As the numbers of processes in another pid namespace may be."""
+    pool = made()
     pool.get().release()
-    assert found(pool, "max_workers").evidence == {"used": 1, "limit": 1}
+    assert Process.of(os.getpid(), slab.path_of(pool.name)) is not None
+    assert Process.of(os.getppid(), slab.path_of(pool.name)) is None
+
+
+def test_places_that_run_out(made: Callable[..., Pool], family: Family) -> None:
+    pool = made(max_workers=2)
+    pool.get().release()
+    assert codes(pool) == []
+    family.fork(use_for_ever, pool)
+    until(lambda: len(pool.stats().workers) == 2, "there are two")
+    assert found(pool, "max_workers").evidence == {"used": 2, "limit": 2}
 
 
 def test_a_pool_that_nobody_looks_after(made: Callable[..., Pool]) -> None:

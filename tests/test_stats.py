@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import shmpool
 import shmpool.stats as stats_module
-from shmpool import DialError, DialRequest, Pool, PoolClosed, PoolConfig
+from shmpool import DialError, DialRequest, IPVersion, Pool, PoolClosed, PoolConfig, Protocol
 from shmpool.hooks import CloseReason
 from shmpool.stats import FAILURES, HELD, KINDS, SOURCES, STATES, UNCOUNTED, ConnectionCounts, Latency, PoolStats
 from tests.processes import TIMEOUT_S, Family, until
@@ -440,7 +440,10 @@ def test_connections_by_kind() -> None:
     assert stats.counts("udp", 4) == stats.counts("udp") == ConnectionCounts(3, 0, 3, 3, 0)
     assert stats.counts(ip_version=6) == stats.kinds["tcp6"]
     assert stats.counts("unix").closed == 7
-    assert stats.counts("sctp") == ConnectionCounts()
+    for wrong in (("sctp", None), ("TCP", 4), ("tcp", 5), (None, "4")):
+        with pytest.raises(ValueError, match="protocols are tcp, udp, unix"):
+            stats.counts(*wrong)
+    assert stats.counts(Protocol.TCP, IPVersion.V4) == stats.kinds["tcp4"]
     assert (stats.current, sum(stats.closed.values()), stats.closed[UNCOUNTED]) == (8, 17, 2)
 
 

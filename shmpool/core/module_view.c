@@ -69,7 +69,7 @@ struct kinds {
 /* One slot's row; `word`, its account and what that says of the word's state belong to one moment, and so do the fields, or, of a slot that never stands
  * still, they are as they are after a few tries. */
 struct slot_seen {
-    uint64_t word, fields[7], peer[3];
+    uint64_t word, mark, fields[7], peer[3];
     uint32_t kind;
     struct account account;
 };
@@ -89,6 +89,7 @@ static void slot_see(struct slab *slab, uint32_t index, struct slot_seen *seen)
         for (int i = 0; i < 3; i++)
             seen->peer[i] = SHM_LOAD_ACQUIRE(snapshot, row->peer[i]);
         seen->kind = SHM_LOAD_ACQUIRE(snapshot, row->kind);
+        seen->mark = SHM_LOAD_ACQUIRE(snapshot, row->mark);
         bool stood = slot_load(row) == seen->word;
         if (account_read(&slab->accounts[index], lives, &seen->account) && (stood || tries >= TRIES_WHOLE))
             return;
@@ -110,6 +111,13 @@ static void slot_count(struct kinds *kinds, const struct slot_seen *seen)
     kinds->active[open] += state == SLOT_OFFERED || (state == SLOT_LEASED && !(seen->kind & SHM_KIND_SHOWN));
 }
 
+/* The bits of shmpool/stats.py's _FLAGS. Of a dial kind has the buckets that are wanted. */
+static uint32_t slot_flags(const struct slot_seen *seen)
+{
+    bool is_overdue = slot_state(seen->word) == SLOT_LEASED && seen->mark == seen->word;
+    return slot_state(seen->word) == SLOT_DIALING ? 0 : (seen->kind >> 8 & 7) | (uint32_t)is_overdue << 3;
+}
+
 static PyObject *slot_tuple(uint32_t index, const struct slot_seen *seen)
 {
     enum slot_state state = slot_state(seen->word);
@@ -118,7 +126,7 @@ static PyObject *slot_tuple(uint32_t index, const struct slot_seen *seen)
                          (int)slot_owner(seen->word) - 1, (unsigned long long)fields[0], kind_bucket(seen->kind), (const char *)seen->peer,
                          (Py_ssize_t)sizeof seen->peer, (unsigned long long)fields[1], (unsigned long long)fields[2],
                          (unsigned long long)fields[3], (unsigned long long)fields[4],
-                         state == SLOT_DIALING ? 0 : seen->kind >> 8 & 7, /* of a dial: the buckets that are wanted */
+                         slot_flags(seen),
                          (unsigned long long)fields[6]);
 }
 

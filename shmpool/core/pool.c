@@ -796,9 +796,10 @@ void pool_empty(struct pool *pool, struct pool_claim *claim, unsigned reason)
     mailbox_drain(pool->mailboxes[claim->slot]);
     if (was_there) {
         SHM_AND(row, row->kind, (UINT32_C(1) << SHM_KIND_WANTED_SHIFT) - 1); /* its dial did not fail */
-        account_end(account);
-        SHM_ADD_SEQ(account, pool->slab.totals->counters[reason], 1);
-        pool_count_total(pool, SHM_T_lifetime_ns, age_ns);
+        if (account_end(account)) {
+            SHM_ADD_SEQ(account, pool->slab.totals->counters[reason], 1);
+            pool_count_total(pool, SHM_T_lifetime_ns, age_ns);
+        }
     }
     if (reason == SHM_T_closed_broken)
         upstream_suspect(&pool->slab);

@@ -51,16 +51,19 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from redis._parsers import _RESP2Parser, _RESP3Parser
-from redis.connection import AbstractConnection, Connection, parse_url
-from redis.connection import ConnectionPool as RedisConnectionPool
-from redis.exceptions import (
-    ConnectionError,  # noqa: A004  (redis-py's, not the built-in one, wherever it stands in this file)
-    MaxConnectionsError,
-    RedisError,
-    ResponseError,
-    TimeoutError,  # noqa: A004
-)
+try:
+    from redis._parsers import _RESP2Parser, _RESP3Parser
+    from redis.connection import AbstractConnection, Connection, parse_url
+    from redis.connection import ConnectionPool as RedisConnectionPool
+    from redis.exceptions import (
+        ConnectionError,  # noqa: A004  (redis-py's, not the built-in one, wherever it stands in this file)
+        MaxConnectionsError,
+        RedisError,
+        ResponseError,
+        TimeoutError,  # noqa: A004
+    )
+except ModuleNotFoundError as missing:
+    raise ImportError("the integration needs redis-py: pip install 'shmpool[redis]'") from missing
 
 from ..config import PoolConfig, Protocol, Target, _read
 from ..dialing import DialRequest, dial_target

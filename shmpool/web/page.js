@@ -152,7 +152,7 @@ const connectionsTable = new Table("connections", [
   { title: "age", of: (c) => seconds(c.age) },
   { title: "leases", of: (c) => count(c.uses) },
   { title: "peer", cls: "words", of: (c) => [c.peer, ...c.flags].filter(Boolean).join(" ") },
-], (c) => (c.state === "leased" ? "" : c.state === "idle" ? "quiet" : "fair"));
+], (c) => (c.flags.includes("overdue") ? "bad" : c.state === "leased" ? "" : c.state === "idle" ? "quiet" : "fair"));
 
 const waitersTable = new Table("waiters", [
   { title: "process", of: (w) => `${w.pid ?? "–"}` },
@@ -206,6 +206,16 @@ function showHead(pool, total) {
   put(byId("about"), `${total.target} · ${seconds(Math.max(0, age))} old · cap ${total.max_connections} · made by process ${total.pid}`);
 }
 
+const WRONGS = {
+  timeouts: "timeouts", exhausted: "exhausted", refused: "refused", dial_errors: "dial errors", interrupted: "interrupted",
+  late_refusals: "late refusals", recoveries: "dead workers", recovered_leases: "leases taken back", leaks: "leaks",
+  overdue_leases: "leases overdue", health_failures: "failed checks", failed_deposits: "failed deposits",
+};
+
+function troubles(total) {
+  return Object.entries(WRONGS).filter(([name]) => total[name]).map(([name, what]) => `${what} ${count(total[name])}`);
+}
+
 const LAST_SEEN = "Below is what was seen last.";
 
 function alertsOf(pool) {
@@ -223,6 +233,11 @@ function alertsOf(pool) {
     const retry = total.upstream === "probing" ? "one dial is under way" : `next dial in ${seconds(total.upstream_retry_in)}`;
     found.push(["bad", `The server has been down for ${seconds(total.upstream_down_for)}, ${retry}: ${total.upstream_error}`]);
   }
+  for (const each of (pool.connections ?? []).filter((connection) => connection.flags.includes("overdue")).slice(0, 3)) {
+    found.push(["bad", `Process ${each.holder} has had connection ${each.id} for ${seconds(each.since)}: it is overdue.`]);
+  }
+  const trouble = total ? troubles(total) : [];
+  if (trouble.length) found.push(["calm", `Trouble since it began: ${trouble.join(", ")}`]);
   return found;
 }
 
