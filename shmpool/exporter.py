@@ -28,7 +28,7 @@ import signal
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -52,6 +52,7 @@ __all__ = ["BOUNDS", "collector", "exposition", "serve"]
 BOUNDS = (*(float(f"{digit}e{power}") for power in range(-6, 2) for digit in ("1", "2.5", "5")), 100.0)
 _BOUNDS_NS = [round(bound * 1e9) for bound in BOUNDS]
 _POOL = POOL.replace(".", "_")
+_SILENCE_S = 60.0  # a client that says nothing for so long is let go
 # What has become of a pool that a scrape looked for.
 _OUTCOMES: tuple[str, ...] = ("reported", "dead", "unreadable", "vanished")
 
@@ -89,6 +90,8 @@ def serve(host: str = "127.0.0.1", port: int = 9464) -> None:
             server, thread = start_http_server(port, host, _registry())
         except OSError as error:
             raise _CannotListen(host=host, port=port, reason=error.strerror or str(error)) from error
+        patient = cast("type", server.RequestHandlerClass)  # for ever, with clients that say nothing
+        server.RequestHandlerClass = type("_Handler", (patient,), {"timeout": _SILENCE_S})
         try:
             address = f"[{host}]" if ":" in host else host
             print(f"listening on http://{address}:{server.server_port}/metrics; Ctrl-C ends it", flush=True)

@@ -460,6 +460,18 @@ def test_over_http(url: str, number: signal.Signals) -> None:
         assert server.process.returncode == 0
 
 
+def test_a_client_that_says_nothing_is_let_go() -> None:
+    program = "from shmpool import exporter; exporter._SILENCE_S = 0.05; exporter.serve(port=0)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline().split(":")[2].split("/")[0])
+            with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as silent:
+                assert silent.recv(1) == b""
+        finally:
+            process.kill()
+
+
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
