@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import math
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -282,6 +283,18 @@ def test_a_slab_that_is_cut_while_it_is_looked_at(whole: bytes, name: str) -> No
         os.truncate(path, 4096)
         with pytest.raises(SlabCorrupt, match="cut to 4096 bytes"):
             inspector.stats()
+
+
+def test_who_has_no_descriptor_left_is_told_so(pool: Pool) -> None:
+    """And not that the slab is damaged."""
+    fd, limits = slab.open_checked(pool.name), resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            _core.SlabView(fd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(fd)
 
 
 def put_fifo(path: Path) -> None:

@@ -403,7 +403,12 @@ static int view_init(ViewObject *self, PyObject *args, PyObject *names)
         raise_bad_slab(verdict);
         return -1;
     }
-    self->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if ((self->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3)) < 0) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        munmap(self->slab.header, size);
+        self->slab.header = NULL;
+        return -1;
+    }
     self->writable = writable != 0;
     return 0;
 }
