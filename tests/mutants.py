@@ -1077,7 +1077,8 @@ MUTANTS = [
     Mutant(
         "the reason of an end is counted before the end",
         "pool.c",
-        "        if (account_end(account)) {\n            SHM_ADD_SEQ(account, pool->slab.totals->counters[reason], 1);",
+        "        if (account_end(account)) {\n"
+        "            SHM_ADD_SEQ(account, pool->slab.totals->counters[reason], 1);",
         "        SHM_ADD_SEQ(account, pool->slab.totals->counters[reason], 1);\n        if (account_end(account)) {",
         "crash",
     ),

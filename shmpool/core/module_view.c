@@ -405,8 +405,8 @@ static int view_init(ViewObject *self, PyObject *args, PyObject *names)
     }
     if ((self->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3)) < 0) {
         PyErr_SetFromErrno(PyExc_OSError);
-        munmap(self->slab.header, size);
-        self->slab.header = NULL;
+        munmap(self->base, self->size);
+        self->base = NULL;
         return -1;
     }
     self->writable = writable != 0;
