@@ -127,7 +127,7 @@ def assert_tells(collected: Collected, stats: PoolStats) -> None:
         "db.client.connection.pending_requests": stats.waiting,
         "db.client.connection.timeouts": stats.timeouts,
         "shmpool.resize_limit": stats.resize_limit,
-        "shmpool.connection_lifetime": stats.lifetime_ns / 1e9,
+        "shmpool.connection_lifetime": pytest.approx(stats.lifetime_ns / 1e9),
         "shmpool.mailbox_reads": stats.mailbox_reads,
         "shmpool.failed_deposits": stats.failed_deposits,
         "shmpool.dial_attempts": stats.dial_attempts,
