@@ -38,7 +38,7 @@ servers: $(HAS)test $(EXTENSION) ## recipes for real servers, long scenarios, mu
 	$(BIN)/python -m pytest -q -n auto -m servers
 
 sanitize: $(HAS)test $(EXTENSION) ## run the C core's tests under the sanitizers
-	$(BIN)/python -m pytest -q -m sanitize
+	$(BIN)/python -m pytest -q -n auto -m sanitize
 
 bench: $(HAS)bench $(EXTENSION) ## measure, beside other pools
 	$(BIN)/python -m benches
