@@ -18,12 +18,13 @@ CORE := shmpool/core $(wildcard shmpool/core/*.[ch])
 ENV := $(VENV)/.made$(SUFFIX)
 HAS := $(VENV)/.has-
 
-.PHONY: help demo test check servers sanitize bench bench-smoke build extension tools lint types clean
+.PHONY: help demo test check servers sanitize bench bench-smoke build extension tools lint types clean \
+	verify-interleavings verify-crash verify-mutants verify-storm verify-hostile
 .DELETE_ON_ERROR:
 .SECONDARY:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '%-12s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r t d; do printf '%-20s %s\n' "$$t" "$$d"; done
 
 demo: $(HAS)demo $(EXTENSION) ## show the pool at work, against a Redis of its own
 	$(BIN)/python -m shmpool demo
@@ -39,6 +40,26 @@ servers: $(HAS)test $(EXTENSION) ## recipes for real servers, long scenarios, mu
 
 sanitize: $(HAS)test $(EXTENSION) ## run the C core's tests under the sanitizers
 	$(BIN)/python -m pytest -q -n auto -m sanitize
+
+# The long forms of what the checks do; docs/verification.md says what each proves. SECONDS: for each scenario.
+
+SECONDS ?= 60
+LONG := SHMPOOL_TEST_LONG=1 $(BIN)/python -m pytest -q -n auto
+
+verify-interleavings: $(HAS)test $(EXTENSION) ## every order of steps of the core, for SECONDS a scenario (60)
+	SHMPOOL_INTERLEAVE_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -n auto tests/test_core.py -k order_of_steps
+
+verify-crash: $(HAS)test $(EXTENSION) ## the core ended, stopped and killed at every step and every instruction
+	$(BIN)/python -m pytest -q -n auto tests/test_core.py -k 'crash or killed_after'
+
+verify-mutants: $(HAS)test $(EXTENSION) ## every fault that is kept for the core, each of which must be found
+	$(BIN)/python -m pytest -q -n auto tests/test_core.py -k mutant
+
+verify-storm: $(HAS)test $(EXTENSION) ## long storms, days and outages over many processes
+	$(LONG) tests/test_storm.py tests/test_day.py tests/test_outage.py tests/test_join.py tests/test_join_matrix.py
+
+verify-hostile: $(HAS)test $(EXTENSION) ## 5 000 damaged slabs under sanitizers, 500 inspectors killed under load
+	$(LONG) tests/test_hostile.py
 
 bench: $(HAS)bench $(EXTENSION) ## measure, beside other pools
 	$(BIN)/python -m benches

@@ -19,11 +19,13 @@ import pytest
 
 from shmpool import Pool, PoolConfig, cli
 from shmpool.hooks import CloseReason
+from tests.mutants import MUTANTS
 from tests.processes import Family
 
 ROOT = Path(__file__).parent.parent
 PRODUCTION = ROOT / "docs" / "guide" / "production.md"
 OBSERVING = ROOT / "docs" / "guide" / "observing.md"
+VERIFICATION = ROOT / "docs" / "verification.md"
 README = ROOT / "README.md"
 
 
@@ -210,3 +212,19 @@ def test_the_anchors_exist() -> None:
         assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= there, path.name
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (path.parent / target).exists(), target
+
+
+# Verification -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_mutants_is_that_of_the_tests() -> None:
+    told = [line for line in sections(VERIFICATION)["Mutants"].splitlines() if line.startswith("| ")][2:]
+    assert told == [
+        f"| {each.name} | `{each.file}` | `{' '.join((each.program, *each.arguments[:1]))}` |" for each in MUTANTS
+    ]
+
+
+def test_the_targets_of_verification_exist() -> None:
+    targets = set(re.findall(r"`make ([a-z-]+)`", VERIFICATION.read_text(encoding="utf-8")))
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(targets) > 5
