@@ -195,7 +195,9 @@ def _add_looking(add: _Add) -> None:
         "Every pool of this user is reported at each scrape of /metrics. Ctrl-C ends it. Anybody who can reach the "
         "address can read them.",
     )
-    export.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)")
+    export.add_argument(
+        "--host", type=_address, default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)"
+    )
     export.add_argument("--port", type=_port, default=9464, metavar="N", help="default 9464; 0: any that is free")
     export.add_argument("--once", action="store_true", help="print the figures of this moment, and end")
 
@@ -208,7 +210,9 @@ def _add_serving(add: _Add) -> None:
         "Ctrl-C ends it. Anybody who can reach the address can look; nothing can be changed there.",
     )
     serve.add_argument("name", metavar="NAME", nargs="?", help="only this pool, which may come later (default: all)")
-    serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)")
+    serve.add_argument(
+        "--host", type=_address, default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)"
+    )
     serve.add_argument("--port", type=_port, default=9465, metavar="N", help="default 9465; 0: any that is free")
 
 
@@ -296,6 +300,12 @@ def _port(text: str) -> int:
     if not 0 <= value <= 65535:
         raise argparse.ArgumentTypeError("must be from 0 to 65535")
     return value
+
+
+def _address(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be an address of this host; all of them: 0.0.0.0 or ::")
+    return text
 
 
 def _peer(text: str) -> tuple[str, int] | str:

@@ -177,14 +177,24 @@ def gauge(now: PoolStats, width: int = 24) -> str:
     """The slots as a bar: in use, idle, otherwise busy, empty."""
     cap = max(1, now.max_connections)  # no cap is 0, but that of a damaged slab
     cells = width // cap * cap or width
-    marks = ("█", now.in_use), ("▒", now.idle), ("░", now.open - now.in_use - now.idle)
+    filled = "█▒░·" if _has("█▒░·") else "#=+."
+    marks = zip(filled, (now.in_use, now.idle, now.open - now.in_use - now.idle), strict=False)
     bar, seen, drawn = "", 0, 0
     for mark, count in marks:
         seen += count
         end = min(cells, round(seen / cap * cells))
         bar += mark * (end - drawn)
         drawn = end
-    return f"[{bar:·<{cells}}]"
+    return f"[{bar:{filled[-1]}<{cells}}]"
+
+
+def _has(text: str) -> bool:
+    """Whether standard output can show it."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def workers_view(change: PoolStats, workers: Iterable[WorkerStats] | None = None) -> View:

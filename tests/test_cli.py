@@ -675,3 +675,20 @@ def test_what_a_terminal_would_obey_is_not_shown() -> None:
     view = View()
     view.add("a\x1b]0;b\x07\r\n")
     assert view.rows == [("a?]0;b???",)]
+
+
+def test_a_locale_without_blocks(only: Pool) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    only.get().release()
+    with only.get():
+        command = [sys.executable, "-m", "shmpool", "stats", only.name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert "[########" in done.stdout
+    assert "................]" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "export"])
+def test_no_host_is_not_every_host(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--host", ""])
+    assert "must be an address of this host" in capsys.readouterr().err
