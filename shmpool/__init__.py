@@ -19,6 +19,7 @@ from ._core import PooledConnection
 from .config import IPVersion, PoolConfig, Protocol
 from .dialing import DialRequest
 from .errors import (
+    CannotListen,
     DescriptorsLost,
     DialError,
     ForeignUser,
@@ -56,6 +57,7 @@ _LATER = {
 __version__ = "0.1.0"
 
 __all__ = [
+    "CannotListen",
     "ClosedConnection",
     "DescriptorsLost",
     "DialError",

@@ -3,6 +3,7 @@
     PoolError(Exception)
     ├── InvalidConfig(ValueError)
     ├── PoolClosed
+    ├── CannotListen
     ├── DescriptorsLost
     ├── ForeignUser(PermissionError)
     ├── PoolTimeout(TimeoutError)
@@ -34,6 +35,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "CannotListen",
     "DescriptorsLost",
     "DialError",
     "ForeignUser",
@@ -109,6 +111,18 @@ class PoolClosed(PoolError):
         if self.left:
             return f"this process has left {_named('pool', self.pool)}; join it again to use it"
         return f"{_named('pool', self.pool)} is closed; make a new Pool"
+
+
+@dataclass(eq=False, kw_only=True)
+class CannotListen(PoolError):
+    """`shmpool serve` or `export` cannot listen there."""
+
+    host: str = ""
+    port: int = 0
+    reason: str = ""
+
+    def _text(self) -> str:
+        return f"cannot listen on {self.host} port {self.port}: {self.reason}; choose with --host and --port"
 
 
 @dataclass(eq=False, kw_only=True)

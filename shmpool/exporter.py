@@ -27,7 +27,6 @@ import itertools
 import signal
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 try:
@@ -38,7 +37,7 @@ try:
 except ModuleNotFoundError as missing:
     raise ImportError("the exporter needs prometheus-client: pip install 'shmpool[prometheus]'") from missing
 
-from .errors import PoolError, PoolNotFound
+from .errors import CannotListen, PoolError, PoolNotFound
 from .inspector import Inspector, pool_names
 from .metrics import METRICS, POOL, Counter, Gauge, Look, Times, look_at
 from .pool import Pool
@@ -89,7 +88,7 @@ def serve(host: str = "127.0.0.1", port: int = 9464) -> None:
         try:
             server, thread = start_http_server(port, host, _registry())
         except OSError as error:
-            raise _CannotListen(host=host, port=port, reason=error.strerror or str(error)) from error
+            raise CannotListen(host=host, port=port, reason=error.strerror or str(error)) from error
         patient = cast("type", server.RequestHandlerClass)  # for ever, with clients that say nothing
         server.RequestHandlerClass = type("_Handler", (patient,), {"timeout": _SILENCE_S})
         try:
@@ -102,16 +101,6 @@ def serve(host: str = "127.0.0.1", port: int = 9464) -> None:
             thread.join()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@dataclass(eq=False, kw_only=True)
-class _CannotListen(PoolError):
-    host: str = ""
-    port: int = 0
-    reason: str = ""
-
-    def _text(self) -> str:
-        return f"cannot listen on {self.host} port {self.port}: {self.reason}; choose with --host and --port"
 
 
 def _registry() -> CollectorRegistry:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from shmpool import Pool
+from tests.members import Members, members_of, some_name
 from tests.processes import Family, until
 from tests.servers import ExclusiveServer
 
@@ -131,3 +132,16 @@ def make(server: ExclusiveServer) -> Iterator[Callable[..., Pool]]:
         out = [pool.close() for pool in made]
         assert not any(out), f"leases left out: {out}"
         until(lambda: server.stats()["open"] == 0, "every connection is closed")
+
+
+@pytest.fixture
+def name() -> str:
+    """For a pool of this test alone."""
+    return some_name()
+
+
+@pytest.fixture
+def members(name: str, family: Family, server: ExclusiveServer) -> Iterator[Callable[..., Members]]:
+    """Makes processes with a pool that this process has no part in."""
+    with members_of(name, family, server) as make:
+        yield make

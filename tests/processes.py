@@ -323,3 +323,19 @@ def proven(server: ExclusiveServer, connections: int, *, every_slot: bool = True
     assert figures["max_open"] <= connections
     if not server.kind.startswith("udp"):
         until(lambda: server.stats()["open"] == 0, "the server's connections end with the pool", 5)
+
+
+def _hold(pool: Pool, count: int, holds: Latch) -> None:
+    leases = [pool.get() for _ in range(count)]
+    holds.set()
+    signal.pause()
+    for lease in leases:
+        lease.release()
+
+
+def holder(family: Family, pool: Pool, count: int) -> Child:
+    """A child that has `count` connections on lease, and keeps them."""
+    holds = family.latch()
+    child = family.fork(_hold, pool, count, holds)
+    holds.wait()
+    return child

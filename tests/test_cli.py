@@ -23,7 +23,7 @@ from shmpool import Pool, cli, slab, steering
 from shmpool.cli import main
 from shmpool.inspector import PoolInfo, list_pools
 from shmpool.views import View, count_text, fit, plain_lines, size_text, time_text
-from tests.members import Members, WakesAtTheSecondLook, members_of, some_name
+from tests.members import Members, WakesAtTheSecondLook, some_name
 from tests.processes import Family, until
 from tests.servers import ExclusiveServer
 
@@ -132,18 +132,6 @@ def test_doctor_removes_what_the_dead_left(
 
 
 # Steering -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def name() -> str:
-    return some_name()
-
-
-@pytest.fixture
-def members(name: str, family: Family, server: ExclusiveServer) -> Iterator[Callable[..., Members]]:
-    """Of a pool that this process has no part in."""
-    with members_of(name, family, server) as make:
-        yield make
 
 
 class Shell:

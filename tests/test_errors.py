@@ -14,6 +14,7 @@ import pytest
 
 from shmpool import errors
 from shmpool.errors import (
+    CannotListen,
     DescriptorsLost,
     DialError,
     ForeignUser,
@@ -61,6 +62,7 @@ SAMPLES: list[tuple[PoolError, list[str]]] = [
     (PoolUnreachable(name="web", waited=10.02, pids=(3, 21)), ["'web'", "process 3, 21", "10.0 s", "stopped"]),
     (PoolInUse(name="web", pids=(3, 21)), ["'web'", "process 3, 21"]),
     (ForeignUser(pool="web", uid=33, owner=0), ["'web'", "user 0", "as user 33", "pool.recover()"]),
+    (CannotListen(host="::1", port=80, reason="Permission denied"), ["::1 port 80", "Permission denied", "--port"]),
     (DescriptorsLost(pool="web"), ["'web'", "descriptors", "keep inherited descriptors open"]),
 ]
 

@@ -30,7 +30,7 @@ from shmpool.inspector import Inspector
 from shmpool.metrics import METRICS, POOL_STATES, Times
 from shmpool.stats import FAILURES, SOURCES, UNCOUNTED, Latency
 from tests.members import some_name
-from tests.processes import Child, Family, Latch, proven, until, use
+from tests.processes import Family, holder, proven, until, use
 from tests.servers import ExclusiveServer
 from tests.test_inspector import segment
 
@@ -167,21 +167,6 @@ def assert_times(scrape: Scrape, pool: str, name: str, times: Latency) -> None:
         below = [count for bound, count in buckets.items() if float(bound) < times.max * 0.96]
         assert times.count > max(below, default=0)
         assert next(count for bound, count in buckets.items() if float(bound) > times.max * 1.04) == times.count
-
-
-def hold(pool: Pool, count: int, holds: Latch) -> None:
-    leases = [pool.get() for _ in range(count)]
-    holds.set()
-    signal.pause()
-    for lease in leases:
-        lease.release()
-
-
-def holder(family: Family, pool: Pool, count: int) -> Child:
-    holds = family.latch()
-    child = family.fork(hold, pool, count, holds)
-    holds.wait()
-    return child
 
 
 def test_the_figures_of_several_processes(server: ExclusiveServer, family: Family) -> None:

@@ -31,7 +31,7 @@ from shmpool.inspector import Inspector
 from shmpool.integrations.opentelemetry import instrument
 from shmpool.metrics import METRICS, Times
 from shmpool.stats import FAILURES, SOURCES, UNCOUNTED
-from tests.processes import Child, Family, Latch, Way, proven, until, use
+from tests.processes import Family, Latch, Way, holder, proven, until, use
 from tests.servers import ExclusiveServer
 from tests.test_inspector import segment
 
@@ -173,21 +173,6 @@ def assert_tells(collected: Collected, stats: PoolStats) -> None:
     known |= {f"{stem}.{part}" for stem in TIMES for part in ("count", "sum", "quantile")}
     assert set(collected.metrics) <= known
     assert known - set(collected.metrics) <= {f"{stem}.quantile" for stem in TIMES}
-
-
-def hold(pool: Pool, count: int, holds: Latch) -> None:
-    leases = [pool.get() for _ in range(count)]
-    holds.set()
-    signal.pause()
-    for lease in leases:
-        lease.release()
-
-
-def holder(family: Family, pool: Pool, count: int) -> Child:
-    holds = family.latch()
-    child = family.fork(hold, pool, count, holds)
-    holds.wait()
-    return child
 
 
 def test_the_figures_of_several_processes(server: ExclusiveServer, family: Family) -> None:

@@ -20,9 +20,9 @@ import pytest
 from shmpool import Pool, PoolStats, PoolTimeout
 from shmpool.exporter import BOUNDS
 from shmpool.stats import SOURCES, UNCOUNTED
-from tests.processes import Family, proven, until, use
+from tests.processes import Family, holder, proven, until, use
 from tests.servers import ExclusiveServer
-from tests.test_exporter import DEADLINE_S, GUIDE, POOL, Scrape, holder, scraped, served
+from tests.test_exporter import DEADLINE_S, GUIDE, POOL, Scrape, scraped, served
 from tests.tools import tool
 
 DASHBOARD = json.loads((GUIDE.parent.parent / "grafana" / "shmpool.json").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,10 @@ from shmpool import (
     steering,
 )
 from shmpool.steering import Unattended
-from tests.members import Members, WakesAtTheSecondLook, members_of, some_name
+from tests.members import Members, WakesAtTheSecondLook
 from tests.processes import Counters, Family, chance, until, use
 from tests.servers import ExclusiveServer
 from tests.test_inspector import segment
-
-
-@pytest.fixture
-def name() -> str:
-    return some_name()
-
-
-@pytest.fixture
-def members(name: str, family: Family, server: ExclusiveServer) -> Iterator[Callable[..., Members]]:
-    with members_of(name, family, server) as make:
-        yield make
-
 
 # pause and resume ---------------------------------------------------------------------------------------------------
 

@@ -31,9 +31,8 @@ from shmpool import Pool, PoolStats, inspect, steering, top
 from shmpool.cli import main
 from shmpool.inspector import Inspector, list_pools
 from shmpool.top import Board, Chooser, Dialog, History, Looks, Row, Table, Top, sparkline
-from tests.members import Members, members_of, some_name
-from tests.processes import Family, until
-from tests.servers import ExclusiveServer
+from tests.members import Members, some_name
+from tests.processes import until
 
 DEADLINE_S = 30.0
 INTERVAL_S = 0.1
@@ -51,18 +50,6 @@ def pool(url: str) -> Iterator[Pool]:
     settings: dict[str, Any] = {"min_connections": 0, "maintenance_interval": float("inf")}
     with Pool(url, max_connections=4, name=some_name(), **settings) as made:
         yield made
-
-
-@pytest.fixture
-def name() -> str:
-    return some_name()
-
-
-@pytest.fixture
-def members(name: str, family: Family, server: ExclusiveServer) -> Iterator[Callable[..., Members]]:
-    """Of a pool that this process has no part in."""
-    with members_of(name, family, server) as make:
-        yield make
 
 
 class Watcher:

@@ -33,7 +33,7 @@ from shmpool.inspector import Inspector, unlink
 from shmpool.stats import FAILURES, SOURCES
 from shmpool.web import recorder as recorder_module
 from shmpool.web.recorder import Record, Recorder, Tail
-from tests.members import Members, members_of, some_name
+from tests.members import Members, some_name
 from tests.processes import Family, proven, until, use
 from tests.servers import ExclusiveServer, has_ipv6
 from tests.test_inspector import segment
@@ -116,17 +116,6 @@ def served(*words: str) -> Iterator[Served]:
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=DEADLINE_S)
-
-
-@pytest.fixture
-def name() -> str:
-    return some_name()
-
-
-@pytest.fixture
-def members(name: str, family: Family, server: ExclusiveServer) -> Iterator[Callable[..., Members]]:
-    with members_of(name, family, server) as make:
-        yield make
 
 
 @pytest.fixture

@@ -30,14 +30,13 @@ import socketserver
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qs, unquote
 
-from ..errors import PoolError
+from ..errors import CannotListen
 from ..inspector import pool_names
 from .recorder import Recorder
 
@@ -88,7 +87,7 @@ def _listening(recorder: Recorder, host: str, port: int) -> Iterator[_Server]:
         server = _Server(recorder, host, port)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise _CannotListen(host=host, port=port, reason=reason) from error
+        raise CannotListen(host=host, port=port, reason=reason) from error
     thread = threading.Thread(target=server.serve_forever, name="shmpool-web", daemon=True)
     with server, recorder:
         thread.start()
@@ -109,16 +108,6 @@ def _warn(server: _Server, name: str | None) -> None:
         )
     if name is not None and name not in pool_names():
         print(f"shmpool: there is no pool {name!r} of this user yet; it is shown when it comes", file=sys.stderr)
-
-
-@dataclass(eq=False, kw_only=True)
-class _CannotListen(PoolError):
-    host: str = ""
-    port: int = 0
-    reason: str = ""
-
-    def _text(self) -> str:
-        return f"cannot listen on {self.host} port {self.port}: {self.reason}; choose with --host and --port"
 
 
 class _Answer(NamedTuple):
