@@ -27,7 +27,7 @@ import itertools
 import signal
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -89,8 +89,9 @@ def serve(host: str = "127.0.0.1", port: int = 9464) -> None:
             server, thread = start_http_server(port, host, _registry())
         except OSError as error:
             raise CannotListen(host=host, port=port, reason=error.strerror or str(error)) from error
-        patient = cast("type", server.RequestHandlerClass)  # for ever, with clients that say nothing
-        server.RequestHandlerClass = type("_Handler", (patient,), {"timeout": _SILENCE_S})
+        patient: Any = server.RequestHandlerClass  # for ever, with clients that say nothing
+        impatient: Any = type("_Handler", (patient,), {"timeout": _SILENCE_S})
+        server.RequestHandlerClass = impatient
         try:
             address = f"[{host}]" if ":" in host else host
             print(f"listening on http://{address}:{server.server_port}/metrics; Ctrl-C ends it", flush=True)

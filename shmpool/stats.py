@@ -340,7 +340,7 @@ class PoolStats(_Record):
         counters: Counter[str] = Counter(snapshot["totals"])
         for worker in workers:
             counters.update(worker["counters"])
-        states = dict.fromkeys(STATES, 0) | Counter(_column(snapshot, "slot", "state"))
+        states: dict[str, int] = {**dict.fromkeys(STATES, 0), **Counter(_column(snapshot, "slot", "state"))}
         used = sum(states.values()) - states["empty"]
         states["empty"] = max(0, snapshot["max_connections"] - used)  # more are used while resize() ends some
         known = {each.name for each in fields(cls)}
