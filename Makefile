@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 
 # Debian packages that only checks need, and the programs that are looked for; a machine that has none of them still
 # builds, tests and benches.
-DEBIAN_PACKAGES := chromium chromium-driver prometheus redis-server
-TOOLS := chromium chromedriver prometheus promtool redis-server
+DEBIAN_PACKAGES := chromium chromium-driver prometheus redis-server spin
+TOOLS := chromium chromedriver prometheus promtool redis-server spin
 
 # The tests, the benches and the demo run on this tree, with the extension built in place. The extension is a target
 # of its own, named for the Python it is for, so it is never staler than its sources and never another Python's.
@@ -19,7 +19,7 @@ ENV := $(VENV)/.made$(SUFFIX)
 HAS := $(VENV)/.has-
 
 .PHONY: help demo test check servers sanitize bench bench-smoke build extension tools lint types clean \
-	verify-interleavings verify-crash verify-mutants verify-storm verify-hostile
+	verify-model verify-interleavings verify-crash verify-mutants verify-storm verify-hostile
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -45,6 +45,9 @@ sanitize: $(HAS)test $(EXTENSION) ## run the C core's tests under the sanitizers
 
 SECONDS ?= 60
 LONG := SHMPOOL_TEST_LONG=1 $(BIN)/python -m pytest -q -n auto
+
+verify-model: $(HAS)test $(EXTENSION) ## search the model of the protocols with spin, at length
+	$(LONG) tests/test_model.py
 
 verify-interleavings: $(HAS)test $(EXTENSION) ## every order of steps of the core, for SECONDS a scenario (60)
 	SHMPOOL_INTERLEAVE_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -n auto tests/test_core.py -k order_of_steps

@@ -3,32 +3,39 @@
  * Modelled, each part as its header has it:
  *   slots        core/slot.h: every change is a CAS from a seen word; core/pool.c: take, dial, install, release, retire
  *   connections  core/mailbox.h: the letter is deposited before the connect, peeked by leasers, drained before EMPTY
- *   waiters      core/waiter.h: enter, look, sleep, rematch, leave; wake-up, hand-over, the summary bit, futexes
+ *   waiters      core/waiter.h: enter, look, sleep, rematch, leave; wake-up, hand-over, summary bit, futexes
  *   workers      core/worker.h: an index is whose who holds the lock of its byte; the kernel drops it at death; a dead
  *                process may be followed by a newcomer
  *   recovery     core/recovery.c: under the dead one's lock, for all of the sweep; the recoverer may die in it too
  *
- * A step: each `atomic { mortal; ... }` is one atomic operation of the core on shared memory, or one system call. `mortal` is
- * death before it. Where two loads are one step here, nobody but the looker can change the first between them.
+ * A step: each `atomic { mortal; ... }` is an atomic operation of the core on shared memory, or a system call. `mortal`
+ * is death before it. Where two loads are one step, nobody but the looker can change the first between them, or (the
+ * scan of the queue, below) it is said so.
  *
  * Abstracted, and why that is sound:
- *   sequence     a word never comes twice in the life of one look at it, so a CAS succeeds exactly if nobody has changed the slot since. So
- *                `fresh[slot]` has one bit for each who looked; every change clears all. Numbers that grow would make the model infinite.
- *   ticket       whichever waiter is chosen: more orders than the queue has. A late CAS may match one that entered anew, as waiter.h allows.
- *   order of get a look takes any idle, expired or empty slot it meets, in one pass: more orders than pool_take() has.
- *   time         a hand-over is due, or not; an offer has expired, or not: either, at any moment. A slice ends when nothing else can happen
- *                (`timeout`), and EARLY times before that.
- *   death        one that dies asleep is, for others, one that died before it slept. A kernel that drops a lock late is a process that dies late.
+ *   sequence     a word never comes twice, so a CAS succeeds exactly if nobody has changed the slot since the look:
+ *                `fresh[slot]` has a bit for each who looked, every change clears all. Numbers would grow for ever.
+ *   ticket       whichever waiter is chosen: more orders than the queue has. A late CAS may match one that has entered
+ *                anew, as waiter.h allows.
+ *   order of get a look takes any idle, expired or empty slot that it meets, in one pass: more than pool_take() does.
+ *   time         a hand-over is due, or not; an offer has expired, or not: either, at any moment. A slice ends when
+ *                nothing else can happen (`timeout`), and EARLY times before that.
+ *   death        who dies asleep is, for others, one that died before it slept. A kernel that drops a lock late is a
+ *                process that dies late. Who leaves or dies may have no successor.
  *   PATIENT      a sleep with a shorter slice.
- *   scan of the queue: one step.
- * Not modelled: buckets and private connections, the upstream, steering, server mode, accounts and other counters, several
- * threads of one process, weak memory (every shared access here is seq_cst, as in the core).
+ *   descriptors  a copy of each connection is open somewhere, so only shutdown() by its letter or its holder ends it.
+ * Simplified, and not sound: a scan of all cells of the queue is one step; tests/core/interleave.c
+ * walks that on the code.
+ * Not modelled: buckets and private connections, the upstream, steering, server mode, accounts and other counters,
+ * several threads of one process, weak memory (every shared access here is seq_cst, as the core's CAS are).
  *
- * Checked: the assertions below, and that no run stands still before its end. `user[slot]` is a ghost: the living process that may
- * touch connection, row and mailbox.
+ * Checked: the assertions below, and that no run stands still before its end. `user[slot]` is a ghost: the living
+ * process that may touch connection, row and mailbox.
  *
- * Sizes and parts, all by -D: N workers, S slots, KILLS, ROUNDS for each worker, EARLY slices; WAITS (else who finds nothing gives up),
- * GIVES_UP, CHECKS, EVICTS, REVOKES, DISCARDS, HINTS, NO_SLICE. Each MUTANT_x is a fault that spin must find (tests/test_model.py).
+ * Sizes and parts, all by -D: N workers (2 or 3), S slots, KILLS, ROUNDS for each worker, EARLY slices; FULL (slots are
+ * idle at first), WAITS (else who finds nothing gives up), GIVES_UP, FAILS, CHECKS, EVICTS, REVOKES, DISCARDS, HINTS,
+ * NO_SLICE, OFFERS_END (no offer is left at the end: true while no addressee leaves and at most one process dies).
+ * Each MUTANT_x is a fault that must be found (tests/test_model.py).
  * Not here: which configurations are run (tests/test_model.py), what they took (docs/verification.md).
  */
 #ifndef N
@@ -338,7 +345,7 @@ inline give(s)
 #endif
 #ifdef HINTS
     if
-    :: won -> 
+    :: won ->
         if
         :: true
         :: atomic { mortal; listed[s] = 1 }
