@@ -32,7 +32,7 @@ demo: $(HAS)demo $(EXTENSION) ## show the pool at work, against a Redis of its o
 test: $(HAS)test $(EXTENSION) ## run all tests but the long recipes and the sanitizer builds
 	$(BIN)/python -m pytest -q -n auto -m 'not sanitize and not servers'
 
-check: export SHMPOOL_TOOLS := required
+check: export SHMPOOL_TEST_TOOLS := required
 check: tools lint types build test servers sanitize bench-smoke ## all of CI
 
 servers: $(HAS)test $(EXTENSION) ## recipes for real servers, long scenarios, mutants of the core

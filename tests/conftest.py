@@ -23,7 +23,8 @@ from tests.servers import ExclusiveServer
 SEGMENTS = Path("/dev/shm")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background, where Ctrl-C is not heard
     signal.signal(signal.SIGINT, signal.default_int_handler)
-LONG_FILES = ("test_servers_", "test_serving", "test_life", "test_outage", "test_day")
+LONG_FILES = ("test_servers_", "test_serving", "test_life", "test_outage", "test_day", "test_hostile")
+OWN_TARGETS = ("quick", "sanitize")
 
 
 def _held_descriptors() -> dict[int, str]:
@@ -65,9 +66,9 @@ def _mapped_segments() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Recipes for real servers, and long scenarios, are for `make check`, but for those marked as quick."""
+    """Recipes for real servers, and long scenarios, are for `make servers`, but for those marked as quick."""
     for item in items:
-        if item.path.name.startswith(LONG_FILES) and not item.get_closest_marker("quick"):
+        if item.path.name.startswith(LONG_FILES) and not any(map(item.get_closest_marker, OWN_TARGETS)):
             item.add_marker("servers")
 
 

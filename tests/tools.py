@@ -16,7 +16,7 @@ def tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         text = f"{name} is not installed: make tools"
-        if os.environ.get("SHMPOOL_TOOLS") == "required":
+        if os.environ.get("SHMPOOL_TEST_TOOLS") == "required":
             pytest.fail(text)
         pytest.skip(text)
     return path
