@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import resource
+import secrets
 import signal
 import time
 import warnings
@@ -195,7 +196,18 @@ def test_leaked_connections_do_not_make_the_cap_too_small(made: Callable[..., Po
     kept.release()
 
 
-def test_a_dead_pool(made: Callable[..., Pool], family: Family, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_pool(
+    made: Callable[..., Pool],
+    family: Family,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = f"shmpool-test-{secrets.token_hex(4)}-"  # pools of other tests remove what is dead
+    monkeypatch.setattr(slab, "prefix", lambda: own)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
     def die() -> None:
         made()
         os.kill(os.getpid(), signal.SIGKILL)
