@@ -182,7 +182,7 @@ def test_stress_under_sanitizers(builder: Builder, flavour: Flavour) -> None:
 
 # ---- mutants ----
 
-TRIES = 3  # of a program that races: one run finds each fault in nine of ten, or more
+TRIES = 8  # of a program that races: one run finds each fault in eight of ten, or more
 
 
 def _flavour(mutant: Mutant) -> Flavour:
