@@ -184,6 +184,7 @@ class WebServer:
         self.pool_name = ""
         self.killed: list[int] = []
         self.doomed: set[int] = set()
+        self.dropped_max = 0  # requests that the server itself may drop before the app sees them
         self._ids = itertools.count()
         self._port_holder = _held_port()
         self.port: int = self._port_holder.getsockname()[1]
@@ -407,7 +408,7 @@ class WebServer:
             elif worker not in died:
                 wrong.append((request, worker))
         assert not wrong, f"{len(wrong)} requests failed that should not have, with their workers: {wrong[:5]}"
-        allowed = len(died) * self.threads_per_worker
+        allowed = len(died) * self.threads_per_worker + self.dropped_max
         assert lost <= allowed, f"{lost} requests were lost before the app; {len(died)} killings explain {allowed}"
 
 
