@@ -69,7 +69,7 @@ struct kinds {
 /* One slot's row; `word`, its account and what that says of the word's state belong to one moment, and so do the fields, or, of a slot that never stands
  * still, they are as they are after a few tries. */
 struct slot_seen {
-    uint64_t word, mark, fields[7], peer[3];
+    uint64_t word, mark, fields[6], peer[3];
     uint32_t kind;
     struct account account;
 };
@@ -83,8 +83,8 @@ static void slot_see(struct slab *slab, uint32_t index, struct slot_seen *seen)
         uint64_t lives = account_lives(&slab->accounts[index]);
         seen->word = slot_load(row);
         a64_shm *const from[] = {&row->connection, &row->created_ns, &row->last_used_ns, &row->leased_ns, &row->uses,
-                                 &row->created_realtime_ns, &row->checked_ns};
-        for (int i = 0; i < 7; i++)
+                                 &row->checked_ns};
+        for (int i = 0; i < 6; i++)
             seen->fields[i] = SHM_LOAD_ACQUIRE(snapshot, *from[i]);
         for (int i = 0; i < 3; i++)
             seen->peer[i] = SHM_LOAD_ACQUIRE(snapshot, row->peer[i]);
@@ -127,7 +127,7 @@ static PyObject *slot_tuple(uint32_t index, const struct slot_seen *seen)
                          (Py_ssize_t)sizeof seen->peer, (unsigned long long)fields[1], (unsigned long long)fields[2],
                          (unsigned long long)fields[3], (unsigned long long)fields[4],
                          slot_flags(seen),
-                         (unsigned long long)fields[6]);
+                         (unsigned long long)fields[5]);
 }
 
 static PyObject *slot_list(struct slab *slab, struct kinds *kinds)
