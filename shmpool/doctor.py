@@ -34,7 +34,7 @@ from . import slab
 from .errors import SlabCorrupt
 from .events import Event
 from .inspector import Inspector, inspect
-from .stats import HELD, KINDS, STATES, UNCOUNTED, ConnectionStats, PoolStats
+from .stats import DOWN, HELD, KINDS, STATES, UNCOUNTED, ConnectionStats, PoolStats, made_once
 from .views import count_text, time_text
 
 __all__ = ["Case", "Finding", "Process", "Severity", "diagnose", "examine", "remains_of"]
@@ -102,12 +102,12 @@ class Case:
     events: tuple[Event, ...] = ()
     processes: Mapping[int, Process] = field(default_factory=dict)  # living workers, by pid
 
-    @property
+    @made_once
     def change(self) -> PoolStats:
         """What happened between the two looks."""
         return self.now.diff(self.first)
 
-    @property
+    @made_once
     def settings(self) -> dict[str, Any]:
         """Those of who created the pool, as far as they can be read."""
         try:
@@ -246,7 +246,7 @@ def _not_open(case: Case) -> Iterator[Finding]:
 
 def _server(case: Case) -> Iterator[Finding]:
     now = case.now
-    if now.upstream in ("down", "probing"):
+    if now.upstream in DOWN:
         why = f": {now.upstream_error}" if now.upstream_error else ""
         yield Finding(
             "problem",
@@ -299,7 +299,7 @@ def _starvation(case: Case) -> Iterator[Finding]:
     """Somebody waits for long, and nothing comes back."""
     now = case.now
     limit = case.seconds("get_timeout", math.inf)
-    if now.state != "open" or now.upstream in ("down", "probing"):
+    if now.state != "open" or now.upstream in DOWN:
         return  # that is why
     if now.oldest_wait < max(SOON_S, min(STARVED_S, limit / 2)):
         return
@@ -324,7 +324,7 @@ def _starvation(case: Case) -> Iterator[Finding]:
 def _cap(case: Case) -> Iterator[Finding]:
     """Little's law, L = rate x time: of the leases, how many are out on average; of the waits, how many calls wait."""
     load, cap = case.change, case.now.max_connections
-    if load.successes < FEW_LEASES or case.now.state != "open" or case.now.upstream in ("down", "probing"):
+    if load.successes < FEW_LEASES or case.now.state != "open" or case.now.upstream in DOWN:
         return
     kept = sum(slot.state == "leased" and (slot.since or 0.0) >= load.interval for slot in case.now.slots)
     busy, queue = load.use_latency.total / load.interval, load.wait_latency.total / load.interval

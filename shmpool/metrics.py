@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .inspector import Inspector
-from .stats import FAILURES, SOURCES, UNCOUNTED, PoolStats
+from .stats import DOWN, FAILURES, SOURCES, UNCOUNTED, PoolStats
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -246,7 +246,7 @@ METRICS: tuple[Gauge | Times, ...] = (
         "shmpool.upstream_up",
         "1",
         "0 while the server is known to be down, else 1",
-        lambda look: int(look.stats.upstream not in ("down", "probing")),
+        lambda look: int(look.stats.upstream not in DOWN),
     ),
     Gauge(
         "shmpool.upstream_down",

@@ -49,8 +49,8 @@ HELD = frozenset({"leased", "dialing", "checking", "retiring", "offered"})
 _DESCRIBED = HELD - {"dialing"} | {"idle"}
 
 _BUCKETS: tuple[tuple[str, int | None], ...] = (("tcp", 4), ("tcp", 6), ("udp", 4), ("udp", 6), ("unix", None))
+KINDS = tuple(f"{protocol}{version or ''}" for protocol, version in _BUCKETS)
 _PROTOCOLS, _VERSIONS = ("tcp", "udp", "unix"), (4, 6)
-KINDS = ("tcp4", "tcp6", "udp4", "udp6", "unix")  # the same, as names
 _FLAGS = ("private", "unmailed", "ending", "overdue")
 _CLOSED = "closed_"
 # The reason of an end that has not been counted yet, or never is, because its process died before it could.
@@ -58,7 +58,8 @@ UNCOUNTED = "uncounted"
 _ROWS = frozenset({"workers", "slots", "waiters"})
 # Why a connection was at fault, or the way to it.
 _ERRORS = ("broken", "dirty", "error", "letter", "unhealthy", "refused")
-_DOWN = frozenset({"down", "probing"})
+# States of the server in which its dials have failed.
+DOWN = frozenset({"down", "probing"})
 # The settings that say how many connections are kept open.
 _SIZES = ("listening", "max_connections", "min_connections", "max_idle_connections")
 
@@ -67,7 +68,7 @@ _Histogram = Sequence[tuple[int, int, int]]
 _T = TypeVar("_T")
 
 
-class _made_once(Generic[_T]):  # noqa: N801 - a decorator
+class made_once(Generic[_T]):  # noqa: N801 - a decorator
     """functools.cached_property without its lock: before Python 3.12 all instances share one, and a child that is
     forked while another thread has it waits for it for ever. Two threads may make the same figures twice."""
 
@@ -346,7 +347,7 @@ class PoolStats(_Record):
         known = {each.name for each in fields(cls)}
         upstream, (created, failed, done) = snapshot["upstream"], snapshot["prewarm"]
         kinds = _kinds(snapshot)
-        down = upstream["state"] in _DOWN
+        down = upstream["state"] in DOWN
         return cls(
             name=snapshot["name"],
             target=snapshot["target"],
@@ -391,37 +392,37 @@ class PoolStats(_Record):
         """What to_dict() has, without workers, slots and waiters."""
         return {name: _plain(getattr(self, name)) for name in self._names() if name not in _ROWS}
 
-    @_made_once
+    @made_once
     def get_latency(self) -> Latency:
         """From the call of get() to its return with a connection."""
         return Latency.from_histogram(_merged(_column(self._snapshot, "worker", "get_hist")))
 
-    @_made_once
+    @made_once
     def wait_latency(self) -> Latency:
         """In the queue, however that ended; calls that did not wait are not in it."""
         return Latency.from_histogram(self._snapshot["wait_hist"])
 
-    @_made_once
+    @made_once
     def use_latency(self) -> Latency:
         """From lease to release."""
         return Latency.from_histogram(_merged(_column(self._snapshot, "worker", "use_hist")))
 
-    @_made_once
+    @made_once
     def dial_latency(self) -> Latency:
         """Of dials, failed ones too."""
         return Latency.from_histogram(self._snapshot["dial_hist"])
 
-    @_made_once
+    @made_once
     def workers(self) -> tuple[WorkerStats, ...]:
         """Every worker index that was ever used, in order."""
         return _worker_stats(self._snapshot)
 
-    @_made_once
+    @made_once
     def slots(self) -> tuple[ConnectionStats, ...]:
         """The slots that are not empty, in order."""
         return _connection_stats(self._snapshot)
 
-    @_made_once
+    @made_once
     def waiters(self) -> tuple[WaiterStats, ...]:
         """The calls that wait; who has waited longest is the first."""
         return _waiter_stats(self._snapshot)
@@ -606,7 +607,7 @@ def _waiter_stats(snapshot: Mapping[str, Any]) -> tuple[WaiterStats, ...]:
 
 
 def _kinds(snapshot: Mapping[str, Any]) -> dict[str, ConnectionCounts]:
-    """By name; in a difference `created` is that of the interval, and `ended` stands beside it."""
+    """By name; in a difference `created` is that of the interval, and `kinds_closed` stands beside it."""
     rows = snapshot["kinds"]
     closed = snapshot.get("kinds_closed") or [created - there for created, there, _, _ in rows]
     return {

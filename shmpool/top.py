@@ -53,9 +53,8 @@ from . import steering
 from .errors import PoolError
 from .events import Event
 from .inspector import Inspector, inspect, list_pools
-from .stats import KINDS, STATES, ConnectionStats, PoolStats, WorkerStats
+from .stats import DOWN, KINDS, STATES, ConnectionStats, PoolStats, WorkerStats
 from .views import (
-    DOWN,
     count_text,
     missing_text,
     outage_text,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .inspector import PoolInfo
-from .stats import FAILURES, STATES, ConnectionStats, PoolStats, WorkerStats
+from .stats import DOWN, FAILURES, STATES, ConnectionStats, PoolStats, WorkerStats
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -99,7 +99,6 @@ def head_view(now: PoolStats, change: PoolStats | None = None, *, alive: bool = 
 
 
 _STATES = {"paused": "paused: callers wait", "draining": "draining: callers are refused"}
-DOWN = ("down", "probing")
 
 
 def summary_view(now: PoolStats, change: PoolStats) -> View:
