@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     unlinking.add_argument(
         "--force", action="store_true", help="also one in use: its processes keep it, and nobody can look at it"
     )
+    _add_json(unlinking)
 
     demo = add("demo", _demo, "see a pool at work: workers on a Redis of its own, two of them killed on the way")
     demo.add_argument("--seconds", type=_seconds, default=10.0, metavar="S", help="how long (default 10)")
@@ -579,8 +580,7 @@ def _tell_findings(removed: Iterable[str], damaged: Iterable[PoolInfo], findings
 
 def _unlink(options: argparse.Namespace) -> int:
     unlink(options.name, force=options.force)
-    print(f"removed {options.name}")
-    return 0
+    return _tell(options, f"removed {options.name}", removed=True)
 
 
 def _export(options: argparse.Namespace) -> int:

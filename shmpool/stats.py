@@ -378,8 +378,13 @@ class PoolStats(_Record):
     def diff(self, earlier: PoolStats) -> PoolStats:
         """What happened since `earlier`: its counters and latencies taken off, `interval` the seconds between.
 
-        Gauges stay those of the moment. An `earlier` of another pool, of the same name even, takes nothing off.
+        Gauges stay those of the moment. An `earlier` of another pool, of the same name even, takes nothing off. Raises
+        ValueError when one of the two is a difference already, or `earlier` the later one.
         """
+        if "interval" in self._snapshot or "interval" in earlier._snapshot:
+            raise ValueError("a difference has none to another: take the one of two snapshots as they were taken")
+        if _same_pool(self._snapshot, earlier._snapshot) and self._snapshot["now"] < earlier._snapshot["now"]:
+            raise ValueError("the snapshot to take off is the later one: later.diff(earlier)")
         return PoolStats.from_snapshot(_difference(self._snapshot, earlier._snapshot))
 
     def per_second(self, count: float) -> float:
@@ -684,9 +689,13 @@ def _merged(histograms: Iterable[_Histogram]) -> list[tuple[int, int, int]]:
     return [(lower, upper, count) for (lower, upper), count in counts.items()]
 
 
+def _same_pool(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return (one["name"], one["created_at"]) == (other["name"], other["created_at"])
+
+
 def _difference(later: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
     """The snapshot `later` with the counters and histograms of `earlier` taken off."""
-    if (later["name"], later["created_at"]) != (earlier["name"], earlier["created_at"]):
+    if not _same_pool(later, earlier):
         return dict(later)
     before = {row["index"]: row for row in _rows(earlier, "worker")}
     workers = []

@@ -680,3 +680,9 @@ def test_no_host_is_not_every_host(command: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit, match="2"):
         main([command, "--host", ""])
     assert "must be an address of this host" in capsys.readouterr().err
+
+
+def test_unlink_json(name: str, members: Callable[..., Members], capsys: pytest.CaptureFixture[str]) -> None:
+    members(max_connections=1).keeper()
+    assert main(["unlink", name, "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": name, "removed": True}

@@ -511,6 +511,15 @@ def test_diff_with_itself_is_nothing() -> None:
     assert (change.interval, change.gets, change.use_latency, change.per_second(change.gets)) == (0, 0, Latency(), 0)
 
 
+def test_diff_refuses_what_would_be_negative() -> None:
+    earlier, later = stats_of(now=NOW - SECOND), stats_of()
+    with pytest.raises(ValueError, match=r"later\.diff\(earlier\)"):
+        earlier.diff(later)
+    for one, other in ((later.diff(earlier), earlier), (later, later.diff(earlier))):
+        with pytest.raises(ValueError, match="a difference has none"):
+            one.diff(other)
+
+
 def test_diff_with_another_pool_of_the_name_takes_nothing_off() -> None:
     earlier = stats_of(created_at=1.4e9, workers=(worker(0, counters={"hits": 10}),))
     later = stats_of(workers=(worker(0, counters={"hits": 3}),))

@@ -552,7 +552,8 @@ def test_sparklines() -> None:
 
 def test_spans_stand_still(pool: Pool) -> None:
     history = History(1.0)
-    stats = pool.stats().diff(pool.stats())
+    look = pool.stats()
+    stats = look.diff(look)
     seen: list[list[float]] = []
     for number in range(1, 200):
         history.add(dataclasses.replace(stats, connections={"leased": number}))
