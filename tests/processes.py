@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import mmap
 import os
 import pickle
@@ -27,6 +28,7 @@ import signal
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +60,16 @@ def until(condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT
         assert waited < timeout_s, f"not within {timeout_s} s: {what}"
         time.sleep(0.0005)  # sleep: between two looks at a condition of another process
     return time.monotonic() - begun
+
+
+def until_collected(gone: weakref.ref[Any]) -> None:
+    """Only garbage holds it. A pool's maintenance thread does too while it does something: then another try is due."""
+
+    def collected() -> bool:
+        gc.collect()
+        return gone() is None
+
+    until(collected, "it is collected")
 
 
 def ready(descriptor: int, timeout_s: float) -> bool:

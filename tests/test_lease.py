@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from shmpool import DialRequest, LeaseExpired, Pool, PooledConnection
-from tests.processes import Family, descriptors, until
+from tests.processes import Family, descriptors, until, until_collected
 from tests.servers import ExclusiveServer, ask, exclusive_use
 
 FIELDS = (
@@ -350,8 +350,7 @@ def test_a_lease_keeps_its_pool(server: ExclusiveServer) -> None:
     exclusive_use(conn.socket, "kept:1")
     conn.release()
     del conn
-    gc.collect()
-    assert gone() is None
+    until_collected(gone)
     until(lambda: server.stats()["open"] == 0, "the pool has gone with its last lease")
 
 
@@ -497,10 +496,7 @@ def test_a_session_that_keeps_its_released_lease_does_not_keep_the_pool(server: 
     conn.session = [conn]
     conn.release()
     del pool, conn
-    gc.collect()
-    if (pool_left := gone()) is not None:
-        pool_left.close()
-    assert pool_left is None
+    until_collected(gone)
 
 
 # What its holder does to the socket -----------------------------------------------------------------------------------

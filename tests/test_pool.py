@@ -37,7 +37,7 @@ from shmpool import (
     PoolTimeout,
     Protocol,
 )
-from tests.processes import Family, chance, descriptors, until
+from tests.processes import Family, chance, descriptors, until, until_collected
 from tests.servers import ExclusiveServer, Kind, ask, exclusive_use, has_ipv6
 
 KINDS: dict[Kind, tuple[Protocol, IPVersion | None]] = {
@@ -791,12 +791,7 @@ def test_a_pool_in_a_cycle_is_collected(server: ExclusiveServer) -> None:
         conn.session = [holder, pool]
     gone = weakref.ref(pool)
     del holder, pool, conn
-
-    def collected() -> bool:
-        gc.collect()
-        return gone() is None
-
-    until(collected, "maintenance holds it only while it does something")
+    until_collected(gone)
     until(lambda: server.stats()["open"] == 0, "its connections are closed")
 
 
