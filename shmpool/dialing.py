@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .config import IPVersion, PoolConfig, Protocol, Target
-from .errors import DialError, NoConnectionForIPVersion, NoConnectionForProtocol
+from .errors import SHORTAGES, DialError, NoConnectionForIPVersion, NoConnectionForProtocol
 
 __all__ = ["DialRequest", "buckets_of", "dial_target", "set_options"]
 
@@ -191,9 +191,14 @@ def _open(
     try:
         if request._predeposit is not None:
             request._predeposit(sock)
-        set_options(sock, protocol, config)
-        _connect(sock, protocol, address, timeout)
-        sock.settimeout(config.socket_timeout)
+        try:
+            set_options(sock, protocol, config)
+            _connect(sock, protocol, address, timeout)
+            sock.settimeout(config.socket_timeout)
+        except OSError as error:
+            if _is_of_a_handler(error):
+                raise
+            raise _AddressFailed(error) from error
     except BaseException:
         # A child forked meanwhile has a copy that would go on connecting: this acts on the connection, whoever has it.
         with contextlib.suppress(OSError):
@@ -216,12 +221,18 @@ def _connect(sock: socket.socket, protocol: Protocol, address: _Address, timeout
         if protocol is Protocol.TCP and sock.getsockname() == sock.getpeername():
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     except OSError as error:
-        # A frame below this one is a signal handler's: its TimeoutError (the usual SIGALRM) is not the address's.
-        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            raise
-        if protocol is Protocol.TCP and _was_cut_short(sock, error):
-            error = ConnectionAbortedError(errno.ECONNABORTED, _CUT_SHORT)
-        raise _AddressFailed(error) from error
+        if protocol is Protocol.TCP and not _is_of_a_handler(error) and _was_cut_short(sock, error):
+            raise ConnectionAbortedError(errno.ECONNABORTED, _CUT_SHORT) from error
+        raise
+
+
+def _is_of_a_handler(error: OSError) -> bool:
+    """Whether a signal handler raised it, in a frame below ours: its TimeoutError (the usual SIGALRM) is not the
+    address's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals is not globals()
 
 
 # A shutdown() while connect() waits ends the wait with ECONNRESET, as a server may that resets what it has just taken;
@@ -247,7 +258,7 @@ def _is_shut(sock: socket.socket) -> bool:
 # Failures, for other processes --------------------------------------------------------------------------------------
 
 FAILURE_BYTES = 127
-_OWN_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EACCES, errno.EPERM}
+_OWN_ERRNOS = SHORTAGES | {errno.EACCES, errno.EPERM}
 _OWN_ERRORS = (MemoryError, ImportError, NameError, TypeError, AttributeError, ConnectionAbortedError)
 
 

@@ -29,10 +29,21 @@ system, which appear only as the `__cause__` of one of these.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+# What a process or the machine has run out of: no fault of a setting, a pool or a server.
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOLCK})
+
+
+def shortage(error: OSError, what: str) -> OSError:
+    """The same error, saying what could not be done for it."""
+    number = error.errno or errno.EMFILE
+    return OSError(number, f"{error.strerror or error}, so {what}")
+
 
 __all__ = [
     "CannotListen",

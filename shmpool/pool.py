@@ -35,6 +35,7 @@ from . import _core, rendezvous, serving, slab
 from .config import IPVersion, PoolConfig, Protocol, Target, checked_timeout
 from .dialing import DialRequest, buckets_of, dial_target, pack_failure, says_nothing, unpack_failure
 from .errors import (
+    SHORTAGES,
     DescriptorsLost,
     DialError,
     ForeignUser,
@@ -50,6 +51,7 @@ from .errors import (
     PoolUnreachable,
     SlabCorrupt,
     SlabVersionMismatch,
+    shortage,
 )
 from .hooks import ClosedConnection, call_on_close
 from .maintenance import Maintenance, maintain_now
@@ -231,6 +233,14 @@ class Pool(_core.PoolBase):
             time.sleep(_JOIN_PAUSE_S)
 
     def _create_slab(self) -> None:
+        try:
+            self._make_slab()
+        except OSError as error:
+            if error.errno not in SHORTAGES:
+                raise
+            raise shortage(error, f"pool {self._name!r} cannot be made") from error
+
+    def _make_slab(self) -> None:
         config = self._config
         slots = _slots_for(config)
         _reserve_descriptors(slots, config.max_connections)
@@ -779,8 +789,10 @@ class Pool(_core.PoolBase):
         extra = {"pool": self._name, "slot": slot, "connection_id": connection_id, "reason": reason}
         logger.log(level, text, self._name, *args, extra=extra)
 
-    def _error(self, kind: str, mask: int, waited: float, timeout: float) -> PoolError:
-        """The exception for something the core cannot give."""
+    def _error(self, kind: str, mask: int, waited: float, timeout: float) -> PoolError | OSError:
+        """The exception for something the core cannot give. For "system", `mask` is the errno."""
+        if kind == "system":
+            return shortage(OSError(mask, os.strerror(mask)), f"process {os.getpid()} cannot join pool {self._name!r}")
         if kind in ("closed", "draining"):
             return PoolClosed(pool=self._name, left=self._left(), draining=kind == "draining")
         if kind == "down":

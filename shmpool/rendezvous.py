@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 
 from . import _core
-from .errors import InvalidConfig
+from .errors import SHORTAGES, InvalidConfig
 
 _PATH_MAX = 511  # bytes; the slab keeps the path
 _BACKLOG = 4096
@@ -78,7 +78,7 @@ def _opened(path: str) -> Iterator[str]:
 def listen(slab_id: bytes, mark: str = "") -> tuple[int, str]:
     """A socket on which newcomers of the slab can ask: its descriptor and path.
 
-    Raises InvalidConfig when there is no directory fit for it.
+    Raises InvalidConfig when there is no directory fit for it, OSError when something runs out.
     """
     name = f"{slab_id.hex()}.{mark}" if mark else slab_id.hex()
     path = os.path.join(directory(), name)
@@ -92,10 +92,12 @@ def listen(slab_id: bytes, mark: str = "") -> tuple[int, str]:
                 return _listen(there, name), path  # else the last to leave removed the directory just now
         raise FileNotFoundError(f"{path} vanishes again and again")
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         raise InvalidConfig(
-            field="name",
+            field="XDG_RUNTIME_DIR",
             value=os.environ.get("XDG_RUNTIME_DIR"),
-            remedy=f"a named pool needs a directory for its socket: {error}; set XDG_RUNTIME_DIR to one of this user's",
+            remedy=f"a named pool needs a directory for its socket: {error}; set it to one of this user's",
         ) from error
 
 

@@ -27,7 +27,16 @@ import posix_ipc
 
 from . import _core, rendezvous
 from .config import name_problem
-from .errors import InvalidConfig, PoolError, PoolExists, PoolNotFound, SlabCorrupt, SlabVersionMismatch
+from .errors import (
+    SHORTAGES,
+    InvalidConfig,
+    PoolError,
+    PoolExists,
+    PoolNotFound,
+    SlabCorrupt,
+    SlabVersionMismatch,
+    shortage,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +59,8 @@ def path_of(name: str) -> str:
 def create(size: int, connections: int) -> tuple[int, str]:
     """A zeroed segment of `size` bytes, its memory reserved, under a private name: its descriptor and path.
 
-    Raises InvalidConfig when there is no room for it, or no shared memory at all.
+    Raises InvalidConfig when there is no room for it, or no shared memory at all; OSError when this process has no
+    descriptor left.
     """
     path = os.path.join(DIRECTORY, f"{prefix()}.{os.getpid()}-{os.urandom(8).hex()}")
     try:
@@ -86,9 +96,13 @@ def _shared_memory(name: str, size: int) -> int:
         return int(posix_ipc.SharedMemory("/" + name, posix_ipc.O_CREX, mode=0o600, size=size).fd)
     except posix_ipc.Error as error:
         raise OSError(errno.ENOENT, str(error)) from error
+    except OSError as error:  # it has no errno for a process or a machine that has as many files open as it may
+        raise OSError(error.errno or errno.EMFILE, error.strerror or str(error)) from error
 
 
-def _no_room(size: int, connections: int, error: OSError) -> InvalidConfig:
+def _no_room(size: int, connections: int, error: OSError) -> InvalidConfig | OSError:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return error
     needed = f"the pool needs {size / 2**20:.1f} MiB of shared memory in {DIRECTORY}"
     try:
         there = os.statvfs(DIRECTORY)
@@ -153,7 +167,8 @@ def view(name: str, *, writable: bool = False) -> Iterator[_core.SlabView]:
 def open_view(name: str, *, writable: bool = False) -> _core.SlabView:
     """A look at the segment `name`, whose status and contents have been found good; read-only unless `writable`.
 
-    Raises PoolNotFound, SlabCorrupt, SlabVersionMismatch, or InvalidConfig for an impossible name.
+    Raises PoolNotFound, SlabCorrupt, SlabVersionMismatch, InvalidConfig for an impossible name, or OSError when this
+    process has no descriptor or no memory left.
     """
     fd = open_checked(name, writable=writable)
     try:
@@ -165,7 +180,7 @@ def open_view(name: str, *, writable: bool = False) -> _core.SlabView:
             raise SlabVersionMismatch(name=name, found=found, expected=expected) from None
         raise SlabCorrupt(name=name, detail=why) from None
     except OSError as error:
-        raise SlabCorrupt(name=name, detail=f"it cannot be mapped: {error}") from error
+        raise _unreadable(name, "mapped", error) from error
     finally:
         os.close(fd)
 
@@ -183,12 +198,11 @@ def open_checked(name: str, *, writable: bool = False) -> int:
     path = checked_path(name)
     try:
         _check_status(name, os.lstat(path))
-        memory = posix_ipc.SharedMemory(f"/{path.name}", read_only=not writable)
-    except (FileNotFoundError, posix_ipc.ExistentialError):
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS)
+    except FileNotFoundError:
         raise PoolNotFound(name=name) from None
-    except (OSError, posix_ipc.Error) as error:
-        raise SlabCorrupt(name=name, detail=f"it cannot be opened: {error}") from error
-    fd: int = memory.fd
+    except OSError as error:
+        raise _unreadable(name, "opened", error) from error
     try:
         status = os.fstat(fd)
         if status.st_nlink == 0:  # removed since it was opened
@@ -198,6 +212,16 @@ def open_checked(name: str, *, writable: bool = False) -> int:
         os.close(fd)
         raise
     return fd
+
+
+_OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # as shm_open(); never to wait for a FIFO put there
+
+
+def _unreadable(name: str, what: str, error: OSError) -> SlabCorrupt | OSError:
+    """What an error of the kernel says: of the segment, or of this process."""
+    if error.errno in SHORTAGES:
+        return shortage(error, f"slab {name!r} cannot be {what}")
+    return SlabCorrupt(name=name, detail=f"it cannot be {what}: {error.strerror}")
 
 
 def _check_status(name: str, status: os.stat_result) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import MUTANTS, SEED, Mutant
+from tests.processes import LONG
 
 HERE = Path(__file__).parent / "core"
 CORE = Path(__file__).parent.parent / "shmpool" / "core"
@@ -147,6 +148,14 @@ def test_crash_at_every_step(builder: Builder, part: str, how: str) -> None:
 def test_killed_after_every_instruction(builder: Builder, part: str) -> None:
     """The code as it is shipped, compiled with the same optimisation and without hooks."""
     check(builder.program("crash", SHIPPED), part, "killed")
+
+
+@pytest.mark.servers
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("part", [f"{number}/8" for number in range(8)] if LONG else ["release"])
+def test_the_recovery_killed_after_every_instruction(builder: Builder, part: str) -> None:
+    done = _run(builder.program("crash", SHIPPED), part, "twice", seconds=3600)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("part", ["0/4", "1/4", "2/4", "3/4"])

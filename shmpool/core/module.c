@@ -562,7 +562,7 @@ bool ensure_joined(PoolObject *self)
         if (verdict == POOL_ERRNO && errno == EACCES)
             return raise_error(self, "user", 0, 0, 0) != NULL;
         if (verdict != POOL_OK)
-            return PyErr_SetFromErrno(PyExc_OSError) != NULL;
+            return raise_error(self, "system", (uint32_t)errno, 0, 0) != NULL;
     }
     forget_foreign(self);
     /* Again, after a fork. That no thread can be made here is no fault of the caller's: other members answer, and the next use tries. */

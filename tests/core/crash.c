@@ -10,8 +10,10 @@
  *   killed   on the code as it is shipped, without hooks, run an instruction at a time (ptrace): the child is killed right after the k-th instruction that
  *            changed the slab or entered the kernel; a survivor recovers, as above. Between two such instructions nobody can see how far it was. What is
  *            only counted (totals, histograms, events) is not looked at.
+ *   twice    as killed; and for each state of the slab that was not seen before, the recovery itself is killed so, after each j-th of its instructions
+ *            that leave a trace, and then done by another.
  *
- *   crash [OPERATION|all|I/N] [ended|stopped|killed|both]     I/N: the operations I, I + N, I + 2N, ...; both: ended and stopped
+ *   crash [OPERATION|all|I/N] [ended|stopped|killed|twice|both]     I/N: the operations I, I + N, I + 2N, ...; both: ended and stopped
  *
  * The clock is a stand-in that can be put forward, so nobody waits for time to pass.
  */
@@ -532,16 +534,16 @@ static bool enters_the_kernel(pid_t pid)
 
 static uint64_t instructions;
 
-/* A child does the operation, an instruction at a time, and is killed after the k-th that leaves a trace. False: it was done before. */
-static bool killed_after(unsigned k)
+/* A child does `act` after `first`, an instruction at a time, and is killed after the k-th that leaves a trace. False: it was done before. */
+static bool killed_after(void (*first)(void), void (*act)(void), unsigned k)
 {
     pid_t pid = fork();
     CHECK(pid >= 0);
     if (!pid) {
-        operation->begin();
+        first();
         CHECK(ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0);
         raise(SIGSTOP);
-        operation->act();
+        act();
         raise(SIGUSR1);
         _exit(1);
     }
@@ -721,15 +723,36 @@ static unsigned stop_at_each_step(void)
     }
 }
 
-static unsigned kill_at_each_instruction(void)
+/* How many instructions of the recovery left a trace. */
+static unsigned kill_the_recovery(unsigned k)
 {
-    for (unsigned k = 1;; k++) {
+    for (unsigned j = 1;; j++) {
         begin(HOUR_NS);
-        bool killed = killed_after(k);
+        CHECK(killed_after(operation->begin, operation->act, k));
+        bool killed = killed_after(registered, act_recover, j);
         check_whole();
         finish();
         if (!killed)
+            return j - 1;
+    }
+}
+
+static unsigned kill_at_each_instruction(bool twice)
+{
+    unsigned recoveries = 0;
+    memset(seen, 0, sizeof seen);
+    for (unsigned k = 1;; k++) {
+        begin(HOUR_NS);
+        bool killed = killed_after(operation->begin, operation->act, k), fresh = killed && is_new(fingerprint());
+        check_whole();
+        finish();
+        if (!killed) {
+            if (twice)
+                printf(" recovery killed after %u;", recoveries);
             return k - 1;
+        }
+        if (twice && fresh)
+            recoveries += kill_the_recovery(k);
     }
 }
 
@@ -746,9 +769,9 @@ int main(int argc, char **argv)
         operation = &operations[i];
         printf("%-22s", operation->name);
         fflush(stdout);
-        if (!strcmp(how, "killed")) {
+        if (!strcmp(how, "killed") || !strcmp(how, "twice")) {
             instructions = 0;
-            unsigned traces = kill_at_each_instruction();
+            unsigned traces = kill_at_each_instruction(!strcmp(how, "twice"));
             printf(" killed after %u of its traces, %" PRIu64 " instructions\n", traces, instructions);
             continue;
         }
