@@ -49,7 +49,7 @@ LONG := SHMPOOL_TEST_LONG=1 $(BIN)/python -m pytest -q -n auto
 verify-model: $(HAS)test $(EXTENSION) ## search the model of the protocols with spin, at length
 	$(LONG) tests/test_model.py
 
-verify-interleavings: $(HAS)test $(EXTENSION) ## every order of steps of the core, for SECONDS a scenario (60)
+verify-interleavings: $(HAS)test $(EXTENSION) ## every order of steps of the core, in plain and weak memory, SECONDS a scenario (60)
 	SHMPOOL_INTERLEAVE_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -n auto tests/test_core.py -k order_of_steps
 
 verify-crash: $(HAS)test $(EXTENSION) ## the core ended, stopped and killed at every step and every instruction

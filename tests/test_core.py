@@ -1,7 +1,8 @@
 """The core's own tests, in C: compiled here, run here.
 
 `core/test_<stem>.c` tests one stem; `core/crash.c` ends or stops a worker at every step; `core/interleave.c` walks
-through the orders of steps; `core/stress.c` is for the sanitizers. Mutants: faults put into a copy of the core, each of
+through the orders of steps, once with plain memory and once with that of a weak machine (`core/weak.h`, which
+`core/litmus.c` tests); `core/stress.c` is for the sanitizers. Mutants: faults put into a copy of the core, each of
 which one of these programs must find (mutants.py).
 
 The walk through the orders is short by default; SHMPOOL_INTERLEAVE_SECONDS gives each scenario longer.
@@ -27,7 +28,7 @@ HERE = Path(__file__).parent / "core"
 CORE = Path(__file__).parent.parent / "shmpool" / "core"
 CC = shlex.split(os.environ.get("CC", "cc"))
 CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-g", "-Wall", "-Wextra", "-pthread"]
-SECONDS = os.environ.get("SHMPOOL_INTERLEAVE_SECONDS", "0.6")
+SECONDS = os.environ.get("SHMPOOL_INTERLEAVE_SECONDS")
 STEMS = sorted(path.stem.removeprefix("test_") for path in HERE.glob("test_*.c"))
 
 
@@ -53,11 +54,9 @@ SEATS = _stand_ins(
 PLAIN = Flavour("plain", ("-O1",))
 CRASH = Flavour("crash", ("-O1", "-DSHMPOOL_HOOKS", *_stand_ins("clock_gettime")))
 SHIPPED = Flavour("shipped", ("-O3", "-DNDEBUG", *_stand_ins("clock_gettime")))
-INTERLEAVE = Flavour(
-    "interleave",
-    ("-O2", "-DSHMPOOL_HOOKS", *_stand_ins("syscall", "clock_gettime", "usleep", "sched_yield")),
-    {"worker": SEATS},
-)
+WALK = _stand_ins("syscall", "clock_gettime", "usleep", "sched_yield")
+INTERLEAVE = Flavour("interleave", ("-O2", "-DSHMPOOL_HOOKS", *WALK), {"worker": SEATS})
+WEAK = Flavour("weak", ("-O2", "-DSHMPOOL_MACHINE", *WALK), {"worker": SEATS})
 ADDRESS = Flavour("address", ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))
 THREAD = Flavour("thread", ("-O1", "-fsanitize=thread"))
 
@@ -90,6 +89,12 @@ class Builder:
             parts = [self._object(path, flavour, core, room) for path in [*_sources(core), source]]
             self._compile([*CFLAGS, *flavour.flags, *map(str, parts), "-o", str(out)], core)
             self.made[flavour.name, out] = out
+        return out
+
+    def alone(self, test: str, flavour: Flavour) -> Path:
+        """The program of tests/core/<test>.c without any of the core but its headers."""
+        out = self.room / f"{flavour.name}-{test}"
+        self._compile([*CFLAGS, *flavour.flags, f"-I{CORE}", str(HERE / f"{test}.c"), "-o", str(out)], CORE)
         return out
 
     def _object(self, source: Path, flavour: Flavour, core: Path, room: Path) -> Path:
@@ -161,8 +166,23 @@ def test_the_recovery_killed_after_every_instruction(builder: Builder, part: str
 @pytest.mark.parametrize("part", ["0/4", "1/4", "2/4", "3/4"])
 @pytest.mark.timeout(0 if "SHMPOOL_INTERLEAVE_SECONDS" in os.environ else 120)
 def test_every_order_of_steps(builder: Builder, part: str) -> None:
-    done = _run(builder.program("interleave", INTERLEAVE), part, SECONDS, SEED, seconds=100 + 10 * float(SECONDS))
+    _walk(builder, INTERLEAVE, part, SECONDS or "0.6")
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("part", ["0/4", "1/4", "2/4", "3/4"])
+@pytest.mark.timeout(0 if "SHMPOOL_INTERLEAVE_SECONDS" in os.environ else 120)
+def test_every_order_of_steps_in_weak_memory(builder: Builder, part: str) -> None:
+    _walk(builder, WEAK, part, SECONDS or "0.3")
+
+
+def _walk(builder: Builder, flavour: Flavour, part: str, seconds: str) -> None:
+    done = _run(builder.program("interleave", flavour), part, seconds, SEED, seconds=100 + 20 * float(seconds))
     assert done.returncode == 0, done.stderr
+
+
+def test_the_weak_memory_is_that_of_c11(builder: Builder) -> None:
+    check(builder.alone("litmus", WEAK))
 
 
 def test_stress(builder: Builder) -> None:

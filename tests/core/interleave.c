@@ -7,8 +7,15 @@
  * upstream.h and steering.h change only as their tables allow. After each run: no slot had two
  * holders, none is lost, nobody slept beside a free slot (unless somebody died or stopped), and old leases fit nowhere.
  *
+ * With SHMPOOL_MACHINE instead of SHMPOOL_HOOKS memory is that of weak.h: a load that may read an older value is a choice as well, with a bound of
+ * its own (stale). What the kernel orders there: who locks a byte has seen what its last holder had when it unlocked it, closed the seat or died; a lock that
+ * is refused, and a look at one, order nothing. FUTEX_WAIT compares with the last value; neither it nor FUTEX_WAKE orders anything, nor do clocks and
+ * sched_yield(). There are no letters here (play_bare): what comes with a slot comes by its word alone. Threads of one process share its private words,
+ * which are shared words like others; `fd` of a seat, and `recovering`, which are no words of atomics.h, are always the last.
+ *
  *   interleave [SCENARIO|all|I/N] [seconds for each] [seed] walk; I/N: the scenarios I, I + N, I + 2N, ...
- *   interleave SCENARIO replay 3,0,1,0/0,0,2,1,...          one run, told step by step: its bounds, its choices
+ *   interleave SCENARIO replay 3,0,1,0,1/0,0,2,1,...        one run, told step by step: its bounds, its choices
+ *   interleave weaken=TAG:CALL:FROM:TO ...                  first: each such CALL (load, fetch_or, ...) of the core with the order FROM has the order TO
  *
  * Stand-ins, by macros given to the compiler: the futex system call, the clock, usleep() and sched_yield() everywhere; seats and byte locks
  * in worker.c. Everything else is the core as it is shipped.
@@ -21,7 +28,13 @@
 #include <ucontext.h>
 
 #include "play.h"
+#include "weak.h"
 
+#ifdef SHMPOOL_MACHINE
+enum { IS_WEAK = 1 };
+#else
+enum { IS_WEAK = 0 };
+#endif
 enum { FIBERS = 4, STACK = 128 * 1024, DEPTH = 4000, STEPS = 20000, SLOTS = 3, BYTES = 16, SEATS = 64, ROUNDS = 12 };
 
 enum fiber_state { READY, ASLEEP, FINISHED, DEAD, STOPPED };
@@ -38,7 +51,7 @@ struct fiber {
 };
 
 struct bounds {
-    unsigned preemptions, timeouts, kills, stops;
+    unsigned preemptions, timeouts, kills, stops, stale;
 };
 
 struct scenario {
@@ -72,6 +85,7 @@ static uint16_t taken[DEPTH], width[DEPTH];
 static unsigned depth, planned, steps, rounds;
 static uint64_t now_ns, runs;
 static int lock_of[BYTES]; /* the seat that holds each byte, 0: nobody */
+static struct weak_view left_at[BYTES]; /* what who unlocked it last had seen */
 static bool seat_is_open[SEATS];
 static int next_seat;
 static int holder[SLOTS]; /* fiber + 1 */
@@ -89,9 +103,10 @@ static void tell_choices(void)
     unsigned end = depth;
     while (end && !taken[end - 1])
         end--;
-    fprintf(stderr, "interleave: scenario %s fails after %" PRIu64 " runs (preemptions %u, timeouts %u, kills %u, stops %u)\n", scenario->name,
-            runs, used.preemptions, used.timeouts, used.kills, used.stops);
-    fprintf(stderr, "replay: interleave %s replay %u,%u,%u,%u/", scenario->name, bounds.preemptions, bounds.timeouts, bounds.kills, bounds.stops);
+    fprintf(stderr, "interleave: scenario %s fails after %" PRIu64 " runs (preemptions %u, timeouts %u, kills %u, stops %u, stale %u)\n",
+            scenario->name, runs, used.preemptions, used.timeouts, used.kills, used.stops, used.stale);
+    fprintf(stderr, "replay: interleave %s replay %u,%u,%u,%u,%u/", scenario->name, bounds.preemptions, bounds.timeouts, bounds.kills,
+            bounds.stops, bounds.stale);
     for (unsigned i = 0; i < end; i++)
         fprintf(stderr, "%s%u", i ? "," : "", taken[i]);
     fprintf(stderr, "%s\n", end ? "" : "0");
@@ -131,6 +146,7 @@ static unsigned choose(unsigned options)
 static void resume(struct fiber *next)
 {
     current = next;
+    weak_thread = (unsigned)(next - fibers);
     if (next->begun)
         _longjmp(next->at, 1);
     next->begun = true;
@@ -145,11 +161,17 @@ static void switch_to(struct fiber *next)
         resume(next);
 }
 
+static void unlock(int byte, unsigned thread)
+{
+    lock_of[byte] = 0;
+    left_at[byte] = weak_publish(thread, (struct weak_view){0});
+}
+
 static void drop_locks(const struct fiber *fiber)
 {
     for (int byte = 0; byte < BYTES; byte++)
         if (lock_of[byte] && lock_of[byte] == atomic_load(&fiber->pool->seat->fd))
-            lock_of[byte] = 0;
+            unlock(byte, (unsigned)(fiber - fibers));
 }
 
 static void time_out(struct fiber *fiber)
@@ -280,6 +302,15 @@ static void step(const char *tag)
         current->state = STOPPED;
     }
     yield_for_good();
+}
+
+static unsigned weak_choose(const char *tag, const uint64_t *values, unsigned count)
+{
+    unsigned choice = used.stale < bounds.stale ? choose(count) : 0;
+    used.stale += choice != 0;
+    if (tracing && choice)
+        printf("fiber %d: %-9s reads %" PRIx64 ", which is older than %" PRIx64 "\n", (int)(current - fibers), tag, values[choice], values[0]);
+    return choice;
 }
 
 /* ---- what may never happen, whatever the order: looked at between any two steps ---- */
@@ -424,7 +455,7 @@ void seat_close(struct seat *seat)
         seat_is_open[fd] = false;
     for (int byte = 0; byte < BYTES; byte++)
         if (fd > 0 && lock_of[byte] == fd)
-            lock_of[byte] = 0;
+            unlock(byte, weak_thread);
 }
 
 /* A number that was closed may be another file's by now. */
@@ -444,6 +475,7 @@ bool byte_lock(int fd, int64_t byte)
     if (fd <= 0 || (lock_of[byte] && lock_of[byte] != fd))
         return false;
     lock_of[byte] = fd;
+    weak_join(left_at[byte]);
     return true;
 }
 
@@ -453,7 +485,7 @@ void byte_unlock(int fd, int64_t byte)
     check_open(fd);
     byte = place_of(byte);
     CHECK_EQ(lock_of[byte], fd);
-    lock_of[byte] = 0;
+    unlock((int)byte, weak_thread);
 }
 
 bool byte_is_locked(int fd, int64_t byte)
@@ -613,10 +645,12 @@ static void start(void)
 static void run(void)
 {
     restore();
-    running = true;
+    weak_begin();
+    memset(left_at, 0, sizeof left_at);
+    running = weak_running = true;
     if (!_setjmp(back))
         start();
-    running = false;
+    running = weak_running = false;
     look_at_the_end();
     runs++;
 }
@@ -642,6 +676,24 @@ static uint64_t real_ns(void)
 
 /* ---- what the workers do ---- */
 
+static void check_last_64(a64_shm *word) { CHECK_EQ(SHM_LOAD(row, *word), atomic_load(word)); }
+static void check_last_32(a32_shm *word, uint32_t but) { CHECK_EQ(SHM_LOAD(row, *word) & ~but, atomic_load(word) & ~but); }
+
+/* Whoever has a slot sees the row as the last holder left it, but for what anybody may say to end the connection; and counts its use, as module.c
+ * does, so that each holder leaves another row. Not the times of a release: a lease that two give back at once has them from both, perhaps late. */
+static void check_row(uint32_t slot)
+{
+    struct slot_shm *row = &current->pool->slab.slots[slot];
+    a64_shm *const words[] = {&row->connection, &row->uses, &row->created_ns, &row->created_realtime_ns, &row->peer[0], &row->checked_ns};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        check_last_64(words[i]);
+    check_last_32(&row->kind, SHM_KIND_ENDING);
+    check_last_32(&row->private_owner, 0);
+    if (atomic_load(&row->expires_ns) > SHM_EXPIRES_RESIZED)
+        check_last_64(&row->expires_ns);
+    SHM_STORE(row, row->uses, SHM_LOAD(row, row->uses) + 1);
+}
+
 static void hold(const struct pool_claim *claim)
 {
     int *mine = &holder[claim->slot];
@@ -649,6 +701,7 @@ static void hold(const struct pool_claim *claim)
     *mine = (int)(current - fibers) + 1;
     current->has = true;
     current->claim = *claim;
+    check_row(claim->slot);
     shmpool_hook("use");
     CHECK_EQ(*mine, current - fibers + 1);
 }
@@ -903,6 +956,7 @@ static void check_all(bool well)
         int *mine = &holder[claim.slot];
         CHECK(!*mine || fibers[*mine - 1].state == DEAD);
         *mine = (int)(current - fibers) + 1;
+        check_row(claim.slot);
         shmpool_hook("use");
         CHECK_EQ(*mine, current - fibers + 1);
         *mine = 0;
@@ -1178,6 +1232,18 @@ static void begin(const struct scenario *which)
     save();
 }
 
+/* From few to many. What needs no older value the first build finds. */
+static const struct bounds ladder[] = {
+#ifdef SHMPOOL_MACHINE
+    {0, 0, 0, 0, 1}, {1, 0, 0, 0, 1}, {0, 0, 0, 0, 2}, {1, 1, 0, 0, 1}, {1, 0, 1, 0, 1}, {1, 0, 0, 1, 1}, {0, 0, 0, 0, 3}, {1, 0, 0, 0, 2},
+    {2, 0, 0, 0, 1}, {2, 0, 1, 0, 1}, {1, 0, 1, 0, 2}, {2, 1, 0, 0, 1}, {2, 0, 0, 0, 2}, {3, 0, 0, 0, 1}, {2, 1, 1, 1, 2}, {3, 2, 2, 1, 3},
+#else
+    {0, 0, 0, 0, 0}, {1, 0, 0, 0, 0}, {1, 1, 0, 0, 0}, {1, 0, 1, 0, 0}, {1, 0, 0, 1, 0}, {2, 0, 0, 0, 0}, {2, 1, 0, 0, 0},
+    {2, 0, 1, 0, 0}, {2, 0, 0, 1, 0}, {1, 0, 2, 0, 0}, {3, 0, 0, 0, 0}, {3, 1, 0, 0, 0}, {2, 1, 1, 0, 0}, {3, 0, 1, 0, 0},
+    {3, 2, 0, 0, 0}, {2, 0, 2, 0, 0}, {3, 1, 1, 1, 0}, {3, 0, 2, 0, 0}, {3, 2, 2, 1, 0},
+#endif
+};
+
 /* All runs within these bounds, until `deadline`; false when it came first. */
 static bool walk(struct bounds within, uint64_t deadline)
 {
@@ -1195,9 +1261,6 @@ static bool walk(struct bounds within, uint64_t deadline)
 
 static void explore(const struct scenario *which, double seconds)
 {
-    static const struct bounds ladder[] = {{0, 0, 0, 0}, {1, 0, 0, 0}, {1, 1, 0, 0}, {1, 0, 1, 0}, {1, 0, 0, 1}, {2, 0, 0, 0}, {2, 1, 0, 0},
-                                           {2, 0, 1, 0}, {2, 0, 0, 1}, {1, 0, 2, 0}, {3, 0, 0, 0}, {3, 1, 0, 0}, {2, 1, 1, 0}, {3, 0, 1, 0},
-                                           {3, 2, 0, 0}, {2, 0, 2, 0}, {3, 1, 1, 1}, {3, 0, 2, 0}, {3, 2, 2, 1}};
     uint64_t begun = real_ns(), end = begun + (uint64_t)(seconds * 1e9);
     unsigned level = 0, levels = sizeof ladder / sizeof *ladder;
     begin(which);
@@ -1207,7 +1270,7 @@ static void explore(const struct scenario *which, double seconds)
         level++;
     uint64_t whole = runs;
     walking_randomly = level < levels;
-    for (bounds = (struct bounds){3, 2, 2, 1}; walking_randomly && real_ns() < end;) {
+    for (bounds = (struct bounds){3, 2, 2, 1, IS_WEAK ? 3 : 0}; walking_randomly && real_ns() < end;) {
         planned = 0;
         bounds.kills = (scenario->flags & ONE_PROCESS) ? 0 : runs % 3; /* a third without any death: there nobody may rely on slices */
         bounds.stops = bounds.kills == 1;
@@ -1221,7 +1284,7 @@ static void explore(const struct scenario *which, double seconds)
 static void replay(const struct scenario *which, const char *list)
 {
     begin(which);
-    CHECK_EQ(sscanf(list, "%u,%u,%u,%u", &bounds.preemptions, &bounds.timeouts, &bounds.kills, &bounds.stops), 4);
+    CHECK_EQ(sscanf(list, "%u,%u,%u,%u,%u", &bounds.preemptions, &bounds.timeouts, &bounds.kills, &bounds.stops, &bounds.stale), 5);
     CHECK(list = strchr(list, '/'));
     list++;
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -1238,6 +1301,10 @@ static void replay(const struct scenario *which, const char *list)
 
 int main(int argc, char **argv)
 {
+    if (argc > 1 && !strncmp(argv[1], "weaken=", 7)) {
+        CHECK(IS_WEAK && weak_set_fault(argv[1] + 7));
+        argc--, argv++;
+    }
     const char *wanted = argc > 1 ? argv[1] : "all";
     static char alternate[65536];
     stack_t stack = {.ss_sp = alternate, .ss_size = sizeof alternate};

@@ -375,7 +375,7 @@ PLAY enum play_got play_get_any(struct pool *pool, uint32_t mask, uint64_t timeo
 /* pool_take() when nobody need look for the dead. */
 PLAY enum pool_taken play_take(struct pool *pool, uint32_t mask, struct waiter_place *place, struct pool_claim *claim)
 {
-    atomic_store(&pool->slab.header->recovery_checked_ns, clock_coarse());
+    SHM_STORE(hint, pool->slab.header->recovery_checked_ns, clock_coarse());
     return pool_take(pool, mask, place, claim);
 }
 
