@@ -3,7 +3,7 @@
 `core/test_<stem>.c` tests one stem; `core/crash.c` ends or stops a worker at every step; `core/interleave.c` walks
 through the orders of steps, once with plain memory and once with that of a weak machine (`core/weak.h`, which
 `core/litmus.c` tests); `core/stress.c` is for the sanitizers. Mutants: faults put into a copy of the core, each of
-which one of these programs must find (mutants.py).
+which one of these programs must find (mutants.py). Weakenings: each order of the core made weaker (weakenings.py).
 
 The walk through the orders is short by default; SHMPOOL_INTERLEAVE_SECONDS gives each scenario longer.
 SHMPOOL_SEED gives the random parts another seed; every program prints its own.
@@ -23,6 +23,7 @@ import pytest
 
 from tests.mutants import MUTANTS, SEED, Mutant
 from tests.processes import LONG
+from tests.weakenings import MACROS, WEAKENINGS, Weakening, steps_down
 
 HERE = Path(__file__).parent / "core"
 CORE = Path(__file__).parent.parent / "shmpool" / "core"
@@ -207,6 +208,49 @@ def test_stem_under_thread_sanitizer(builder: Builder, stem: str) -> None:
 @pytest.mark.parametrize("flavour", [ADDRESS, THREAD], ids=lambda flavour: flavour.name)
 def test_stress_under_sanitizers(builder: Builder, flavour: Flavour) -> None:
     check(builder.program("stress", flavour), "20000", SEED)
+
+
+# ---- weakenings ----
+
+
+def test_each_order_of_the_core_is_weakened() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(CORE.glob("*.[ch]")) if path.stem != "atomics")
+    asked = {(tag, macro) for macro, tag in re.findall(rf"\b({'|'.join(MACROS)})\((\w+)", text)}
+    assert [(each.tag, each.macro, each.to) for each in sorted(WEAKENINGS, key=_place)] == [
+        (tag, macro, to) for tag, macro in sorted(asked) for to in steps_down(macro)
+    ]
+
+
+def test_each_macro_asks_for_the_order_that_is_weakened() -> None:
+    text = re.sub(r"\\\n\s*", "", (CORE / "atomics.h").read_text(encoding="utf-8"))
+    said = re.findall(r"#define (\w+)\(tag, .*SHM_CALL\(tag, (\w+), .*?memory_order_(\w+)", text)
+    assert {macro: (call, order) for macro, call, order in said if order != "relaxed"} == MACROS
+
+
+def _place(weakening: Weakening) -> tuple[str, str, int]:
+    return weakening.tag, weakening.macro, steps_down(weakening.macro).index(weakening.to)
+
+
+@pytest.mark.servers
+@pytest.mark.timeout(0 if "SHMPOOL_INTERLEAVE_SECONDS" in os.environ else 120)
+@pytest.mark.parametrize(
+    "weakening",
+    [pytest.param(each, id=f"{each.switch[7:]}-{each.scenario}") for each in WEAKENINGS if each.scenario],
+)
+def test_a_weaker_order_is_found_or_not(builder: Builder, weakening: Weakening) -> None:
+    """Where this says that one is found which is said not to be: its order is needed after all; say so in the list."""
+    assert weakening.scenario
+    seconds = "60" if weakening.found else SECONDS or "0.3"
+    done = _run(
+        builder.program("interleave", WEAK),
+        weakening.switch,
+        weakening.scenario,
+        seconds,
+        SEED,
+        seconds=100 + float(seconds),
+    )
+    assert done.returncode == weakening.found, done.stderr
+    assert ("\nreplay: " in done.stderr) == weakening.found
 
 
 # ---- mutants ----

@@ -20,6 +20,7 @@ import pytest
 from shmpool import Pool, PoolConfig, cli
 from shmpool.hooks import CloseReason
 from tests.mutants import MUTANTS
+from tests.weakenings import WEAKENINGS
 from tests.processes import Family
 
 ROOT = Path(__file__).parent.parent
@@ -221,6 +222,15 @@ def test_the_table_of_mutants_is_that_of_the_tests() -> None:
     told = [line for line in sections(VERIFICATION)["Mutants"].splitlines() if line.startswith("| ")][2:]
     assert told == [
         f"| {each.name} | `{each.file}` | `{' '.join((each.program, *each.arguments[:1]))}` |" for each in MUTANTS
+    ]
+
+
+def test_the_table_of_weaker_orders_is_that_of_the_tests() -> None:
+    told = [line for line in sections(VERIFICATION)["Weak memory"].splitlines() if line.startswith("| ")][2:]
+    assert told == [
+        f"| {each.tag} | `{each.macro}` | {each.to} | {each.scenario or '-'} |"
+        f" {'needed' if each.found else 'not shown'} | {each.why} |"
+        for each in WEAKENINGS
     ]
 
 

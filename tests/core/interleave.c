@@ -27,6 +27,7 @@
 #include <sys/syscall.h>
 #include <ucontext.h>
 
+#include "events.h"
 #include "play.h"
 #include "weak.h"
 
@@ -35,7 +36,7 @@ enum { IS_WEAK = 1 };
 #else
 enum { IS_WEAK = 0 };
 #endif
-enum { FIBERS = 4, STACK = 128 * 1024, DEPTH = 4000, STEPS = 20000, SLOTS = 3, BYTES = 16, SEATS = 64, ROUNDS = 12 };
+enum { FIBERS = 4, STACK = 128 * 1024, DEPTH = 4000, STEPS = 20000, SLOTS = 3, BYTES = 16, SEATS = 64, ROUNDS = 12, EVENTS = 64 };
 
 enum fiber_state { READY, ASLEEP, FINISHED, DEAD, STOPPED };
 struct fiber {
@@ -71,6 +72,7 @@ enum {
     STEERS = 4,      /* looks at the cap are steps too; a return may end the connection */
     BY_TIME = 8,     /* what some wait for is that time passes */
     LOOKS = 16,      /* accounts are looked at: what is done to them is a step too */
+    NOTES = 32,      /* events are read: noting one is several steps */
 };
 
 static const struct scenario *scenario;
@@ -361,6 +363,8 @@ static bool is_step(const char *tag)
         return (scenario->flags & STEERS) && tag[1] == 'a';
     if (tag[0] == 'a')
         return scenario->flags & LOOKS;
+    if (!strcmp(tag, "event"))
+        return scenario->flags & NOTES;
     for (const char *of = weighty; of < weighty + sizeof weighty; of += 3)
         if (of[0] == tag[0] && of[1] == tag[1])
             return true;
@@ -527,13 +531,15 @@ static void entry_point(void)
 
 static struct pool *player(unsigned i) { return i < FIBERS ? fibers[i].pool : checker; }
 
-/* The parts of the slab that a run changes: all but the texts and the histograms. */
+/* The parts of the slab that a run changes: all but the texts, the histograms, and events that nobody reads. */
 static void copy_slab(uint8_t *to, const uint8_t *from)
 {
     const struct slab_layout *layout = &checker->slab.layout;
     size_t changing = offsetof(struct header_shm, cap);
     memcpy(to + changing, from + changing, SHM_HEADER_BYTES - changing);
     memcpy(to + layout->totals_offset, from + layout->totals_offset, 256);
+    if (scenario->flags & NOTES)
+        memcpy(to + layout->events_offset, from + layout->events_offset, EVENTS * sizeof(struct event_shm));
     for (uint32_t i = 0; i < layout->max_workers; i++) {
         size_t row = layout->workers_offset + i * sizeof(struct worker_shm);
         memcpy(to + row, from + row, offsetof(struct worker_shm, get));
@@ -783,10 +789,28 @@ static void body_discard(void)
     CHECK(pool_condemn(current->pool, &claim));
     play_retire(current->pool, &claim, SHM_T_closed_error);
 }
+/* What ended has ended before its reason is counted. */
+static void check_reasons(void)
+{
+    const struct slab *slab = &current->pool->slab;
+    uint64_t reasons = 0, ended = 0;
+    for (unsigned reason = SHM_T_closed_broken; reason <= SHM_T_closed_revoked; reason++)
+        reasons += SHM_LOAD_ACQUIRE(account, slab->totals->counters[reason]);
+    for (uint32_t slot = 0; slot < scenario->slots; slot++) {
+        struct account account;
+        if (!account_read(&slab->accounts[slot], account_lives(&slab->accounts[slot]), &account))
+            return;
+        for (unsigned i = 0; i < SHM_BUCKETS; i++)
+            ended += account.begun[i];
+        ended -= account.open < SHM_BUCKETS;
+    }
+    CHECK(reasons <= ended);
+}
 /* Who looks at the figures: what an account says is true of the word, and no number falls. */
 static void body_look(void)
 {
     uint64_t before[SLOTS] = {0};
+    check_reasons();
     for (uint32_t turn = 0; turn < 4 * scenario->slots; turn++) {
         uint32_t slot = turn % scenario->slots;
         struct account account;
@@ -977,6 +1001,61 @@ static void body_get_unless_closed(void)
         give();
 }
 
+/* ---- who looks ---- */
+
+static void body_note(void)
+{
+    for (unsigned i = 0; i < 2; i++)
+        event_note(&current->pool->slab, (struct event){.kind = EVENT_evicted, .slot = EVENT_NO_SLOT, .value = i + 1, .text = "a text"});
+}
+/* No writer dies or is overtaken: no event is lost, and each that is whole is one that was noted. */
+static void body_read_events(void)
+{
+    const struct slab *slab = &current->pool->slab;
+    struct event event;
+    CHECK(event_count(slab) < EVENTS);
+    for (uint64_t number = atomic_load(&slab->header->next_event); number--;) {
+        enum event_found found = event_read(slab, number, &event);
+        CHECK(found != EVENT_LOST);
+        CHECK(found == EVENT_BEGUN || event.kind != EVENT_evicted || ((event.value == 1 || event.value == 2) && !strcmp(event.text, "a text")));
+    }
+}
+
+static void body_join(void) { CHECK_EQ(pool_join(current->pool), POOL_OK); }
+/* Who finds a row ACTIVE that was FREE finds in it who that is. */
+static void body_look_at_workers(void)
+{
+    for (uint32_t index = 0; index < scenario->workers; index++) {
+        struct worker_shm *row = &current->pool->slab.workers[index];
+        if (SHM_LOAD_ACQUIRE(worker, row->state) == SHM_WORKER_ACTIVE)
+            CHECK_EQ(SHM_LOAD(hint, row->started_ns), atomic_load(&row->started_ns));
+    }
+}
+/* Who finds that a thread of its process has joined finds the cache as that thread left it. */
+static void body_join_after(void)
+{
+    struct pool *pool = current->pool;
+    if (!pool_joined(pool))
+        body_join();
+    CHECK_EQ(SHM_LOAD(private, pool->cache.entries[0]), atomic_load(&pool->cache.entries[0]));
+}
+
+/* As module.c, when on_created has returned. */
+static void body_show(void)
+{
+    struct slot_shm *row = &current->pool->slab.slots[current->claim.slot];
+    SHM_STORE(row, row->leased_ns, now_ns + 1);
+    SHM_AND_SEQ(shown, row->kind, ~(uint32_t)SHM_KIND_SHOWN);
+}
+static void body_look_at_leases(void)
+{
+    for (uint32_t slot = 0; slot < scenario->slots; slot++) {
+        struct slot_shm *row = &current->pool->slab.slots[slot];
+        if (slot_shown_state(row, slot_load(row)) == SLOT_LEASED)
+            CHECK_EQ(SHM_LOAD(row, row->leased_ns), atomic_load(&row->leased_ns));
+    }
+}
+
 /* ---- how it begins ---- */
 
 static void fill(void)
@@ -1149,6 +1228,26 @@ static void idle_end(void)
         play_retire(checker, &claim, SHM_T_closed_shutdown);
 }
 
+/* The first fiber has not joined yet. */
+static void first_is_out(void)
+{
+    first_holds();
+    CHECK_EQ(play_release(fibers[0].pool, &fibers[0].claim), RELEASED);
+    fibers[0].has = false;
+    holder[fibers[0].claim.slot] = 0;
+    pool_leave(fibers[0].pool);
+}
+static void two_threads_are_out(void)
+{
+    first_is_out();
+    fibers[1].pool = fibers[0].pool;
+}
+static void first_is_shown(void)
+{
+    first_holds();
+    atomic_fetch_or(&checker->slab.slots[fibers[0].claim.slot].kind, SHM_KIND_SHOWN);
+}
+
 #define HANDOVER (WAITER_HANDOVER_AFTER_NS + 1)
 static const struct scenario scenarios[] = {
     {"lease", 1, 4, 2, 0, all_idle, {body_lease_twice, body_lease_twice}, NULL, 0, 0},
@@ -1202,6 +1301,10 @@ static const struct scenario scenarios[] = {
     {"shrink", 2, 5, 3, 0, first_two_hold, {body_give, body_give, body_shrink}, NULL, STEERS, 0},
     {"shrink-waiting", 2, 5, 4, 0, first_two_hold, {body_give, body_give, body_shrink, body_lease}, NULL, STEERS, 0},
     {"last-permit", 3, 5, 4, 0, last_is_held, {body_open, body_open, body_end, body_shrink}, NULL, STEERS, 0},
+    {"events", 1, 5, 3, 0, nothing_open, {body_note, body_note, body_read_events}, NULL, NOTES, 0},
+    {"join", 1, 4, 2, HANDOVER, first_is_out, {body_join, body_look_at_workers}, NULL, 0, 0},
+    {"join-threads", 1, 4, 2, 0, two_threads_are_out, {body_join, body_join_after}, NULL, ONE_PROCESS, 0},
+    {"shown", 1, 4, 2, 0, first_is_shown, {body_show, body_look_at_leases}, NULL, 0, 0},
     {"last-permit-waiting", 3, 5, 4, 0, last_is_held, {body_lease, body_lease, body_give, body_shrink_to_one}, NULL, STEERS, 0},
 };
 
