@@ -56,8 +56,9 @@ PLAIN = Flavour("plain", ("-O1",))
 CRASH = Flavour("crash", ("-O1", "-DSHMPOOL_HOOKS", *_stand_ins("clock_gettime")))
 SHIPPED = Flavour("shipped", ("-O3", "-DNDEBUG", *_stand_ins("clock_gettime")))
 WALK = _stand_ins("syscall", "clock_gettime", "usleep", "sched_yield")
-INTERLEAVE = Flavour("interleave", ("-O2", "-DSHMPOOL_HOOKS", *WALK), {"worker": SEATS})
-WEAK = Flavour("weak", ("-O2", "-DSHMPOOL_MACHINE", *WALK), {"worker": SEATS})
+KERNEL = {"worker": SEATS, "service": _stand_ins("epoll_ctl", "epoll_wait", "poll", "fstat", "close")}
+INTERLEAVE = Flavour("interleave", ("-O2", "-DSHMPOOL_HOOKS", *WALK), KERNEL)
+WEAK = Flavour("weak", ("-O2", "-DSHMPOOL_MACHINE", *WALK), KERNEL)
 ADDRESS = Flavour("address", ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))
 THREAD = Flavour("thread", ("-O1", "-fsanitize=thread"))
 

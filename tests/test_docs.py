@@ -20,8 +20,8 @@ import pytest
 from shmpool import Pool, PoolConfig, cli
 from shmpool.hooks import CloseReason
 from tests.mutants import MUTANTS
-from tests.weakenings import WEAKENINGS
 from tests.processes import Family
+from tests.weakenings import WEAKENINGS
 
 ROOT = Path(__file__).parent.parent
 PRODUCTION = ROOT / "docs" / "guide" / "production.md"

@@ -10,7 +10,7 @@
  * With SHMPOOL_MACHINE instead of SHMPOOL_HOOKS memory is that of weak.h: a load that may read an older value is a choice as well, with a bound of
  * its own (stale). What the kernel orders there: who locks a byte has seen what its last holder had when it unlocked it, closed the seat or died; a lock that
  * is refused, and a look at one, order nothing. FUTEX_WAIT compares with the last value; neither it nor FUTEX_WAKE orders anything, nor do clocks and
- * sched_yield(). There are no letters here (play_bare): what comes with a slot comes by its word alone. Threads of one process share its private words,
+ * sched_yield(). Who gets an event has seen what who armed it had. There are no letters here (play_bare): what comes with a slot comes by its word alone. Threads of one process share its private words,
  * which are shared words like others; `fd` of a seat, and `recovering`, which are no words of atomics.h, are always the last.
  *
  *   interleave [SCENARIO|all|I/N] [seconds for each] [seed] walk; I/N: the scenarios I, I + N, I + 2N, ...
@@ -18,17 +18,21 @@
  *   interleave weaken=TAG:CALL:FROM:TO ...                  first: each such CALL (load, fetch_or, ...) of the core with the order FROM has the order TO
  *
  * Stand-ins, by macros given to the compiler: the futex system call, the clock, usleep() and sched_yield() everywhere; seats and byte locks
- * in worker.c. Everything else is the core as it is shipped.
+ * in worker.c; the listener and the epoll in service.c. Everything else is the core as it is shipped.
  */
 #include <linux/futex.h>
+#include <poll.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <sys/epoll.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
 
 #include "events.h"
 #include "play.h"
+#include "service.h"
 #include "weak.h"
 
 #ifdef SHMPOOL_MACHINE
@@ -37,6 +41,7 @@ enum { IS_WEAK = 1 };
 enum { IS_WEAK = 0 };
 #endif
 enum { FIBERS = 4, STACK = 128 * 1024, DEPTH = 4000, STEPS = 20000, SLOTS = 3, BYTES = 16, SEATS = 64, ROUNDS = 12, EVENTS = 64 };
+_Static_assert((int)FIBERS <= (int)WEAK_THREADS, "each fiber has a view");
 
 enum fiber_state { READY, ASLEEP, FINISHED, DEAD, STOPPED };
 struct fiber {
@@ -81,6 +86,7 @@ static struct pool *checker; /* takes no part in the run; looks at what is left 
 static jmp_buf back;
 static bool running, tracing, walking_randomly;
 static struct check_random draws;
+static const char *weakened = ""; /* the argument, and a space */
 
 static struct bounds bounds, used;
 static uint16_t taken[DEPTH], width[DEPTH];
@@ -96,6 +102,10 @@ static unsigned old_count;
 static unsigned twins_released;
 static bool paused;                     /* somebody has paused the pool, and not begun to resume it */
 static unsigned pauses, shrunk, opened; /* how often; the cap once resize() is done, 0 before; connections there are */
+static struct service service;          /* of all who listen, by numbers that are no descriptors */
+static bool listener_is_armed, epoll_is_closed;
+static unsigned clients;                /* that wait at the listener */
+static struct weak_view armed_at;       /* what who armed it had seen */
 static unsigned adopted;                /* how often the dial of the run was */
 
 /* ---- failing ---- */
@@ -107,7 +117,7 @@ static void tell_choices(void)
         end--;
     fprintf(stderr, "interleave: scenario %s fails after %" PRIu64 " runs (preemptions %u, timeouts %u, kills %u, stops %u, stale %u)\n",
             scenario->name, runs, used.preemptions, used.timeouts, used.kills, used.stops, used.stale);
-    fprintf(stderr, "replay: interleave %s replay %u,%u,%u,%u,%u/", scenario->name, bounds.preemptions, bounds.timeouts, bounds.kills,
+    fprintf(stderr, "replay: interleave %s%s replay %u,%u,%u,%u,%u/", weakened, scenario->name, bounds.preemptions, bounds.timeouts, bounds.kills,
             bounds.stops, bounds.stale);
     for (unsigned i = 0; i < end; i++)
         fprintf(stderr, "%s%u", i ? "," : "", taken[i]);
@@ -354,11 +364,11 @@ static void watch(void)
     bound_before = bound;
 }
 
-/* Slot, queue, offer, futex, worker, upstream; "lock" and "use" are ours. Steps on private words, hints, counters, rows and accounts are of no
+/* Slot, queue, offer, futex, worker, upstream, service, users; "lock" and "use" are ours. Steps on private words, hints, counters, rows and accounts are of no
  * weight to the others. */
 static bool is_step(const char *tag)
 {
-    static const char weighty[] = "sl qu of fu wo up lo us";
+    static const char weighty[] = "sl qu of fu wo up se lo us";
     if (tag[0] == 'c')
         return (scenario->flags & STEERS) && tag[1] == 'a';
     if (tag[0] == 'a')
@@ -506,6 +516,58 @@ bool family_join(int fd)
     return true;
 }
 
+/* service.c: the listener with its clients, and the epoll in which it is. */
+enum { LISTENER = 1000, EPOLL, LISTENER_INODE };
+int stand_in_epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event);
+int stand_in_epoll_wait(int epoll, struct epoll_event *events, int room, int timeout_ms);
+int stand_in_poll(struct pollfd *looks, nfds_t count, int timeout_ms);
+int stand_in_fstat(int fd, struct stat *status);
+int stand_in_close(int fd);
+
+int stand_in_epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
+{
+    (void)operation, (void)event;
+    shmpool_hook("use");
+    CHECK(epoll == EPOLL && fd == LISTENER && !epoll_is_closed);
+    listener_is_armed = true;
+    armed_at = weak_publish(weak_thread, (struct weak_view){0});
+    return 0;
+}
+
+int stand_in_epoll_wait(int epoll, struct epoll_event *events, int room, int timeout_ms)
+{
+    (void)timeout_ms;
+    shmpool_hook("use");
+    CHECK(epoll == EPOLL && room == 1 && !epoll_is_closed);
+    if (!listener_is_armed || !clients)
+        return 0;
+    listener_is_armed = false;
+    weak_join(armed_at);
+    events[0].data.u64 = UINT64_MAX; /* the listener's */
+    return 1;
+}
+
+int stand_in_poll(struct pollfd *looks, nfds_t count, int timeout_ms)
+{
+    CHECK(looks->fd == LISTENER && count == 1 && !timeout_ms);
+    looks->revents = clients ? POLLIN : 0;
+    return clients != 0;
+}
+
+int stand_in_fstat(int fd, struct stat *status)
+{
+    CHECK_EQ(fd, LISTENER);
+    status->st_ino = LISTENER_INODE;
+    return 0;
+}
+
+int stand_in_close(int fd)
+{
+    CHECK(fd == EPOLL || fd == LISTENER);
+    epoll_is_closed |= fd == EPOLL;
+    return 0;
+}
+
 /* ---- one run ---- */
 
 struct saved {
@@ -588,7 +650,13 @@ static void restore(void)
     now_ns = saved_now_ns;
     atomic_store(&checker->slab.header->recovery_checked_ns, now_ns);
     depth = steps = rounds = old_count = twins_released = pauses = shrunk = adopted = 0;
-    paused = false;
+    paused = epoll_is_closed = false;
+    atomic_init(&service.listener, LISTENER);
+    atomic_init(&service.epoll, EPOLL);
+    service.listener_inode = LISTENER_INODE;
+    listener_is_armed = true;
+    clients = 1;
+    armed_at = (struct weak_view){0};
     opened = saved_opened;
     used = (struct bounds){0};
     upstream_before = atomic_load(&checker->slab.header->upstream);
@@ -1056,6 +1124,25 @@ static void body_look_at_leases(void)
     }
 }
 
+/* ---- a pool that listens ---- */
+
+/* One look for an event. A client that comes is a connection of its own. */
+static void body_serve(void)
+{
+    struct pool_claim claim;
+    if (service_next(current->pool, 0, &claim) != SERVICE_CLIENT)
+        return;
+    clients--;
+    CHECK(play_install(current->pool, &claim));
+    hold(&claim);
+}
+static void body_close_service(void) { service_close(current->pool); }
+/* A client waits beside an empty slot, and nobody watches: who has the event is dead or stopped. */
+static void clients_are_watched(void)
+{
+    CHECK(!clients || listener_is_armed || play_state(checker, 0) != SLOT_EMPTY || used.kills || used.stops);
+}
+
 /* ---- how it begins ---- */
 
 static void fill(void)
@@ -1248,6 +1335,21 @@ static void first_is_shown(void)
     atomic_fetch_or(&checker->slab.slots[fibers[0].claim.slot].kind, SHM_KIND_SHOWN);
 }
 
+/* The one slot for connections is held, and a client waits. */
+static void listening(void)
+{
+    first_holds();
+    opened = 1;
+    atomic_store(&checker->slab.header->service_due_ns, PLAY_NEVER); /* no sweep */
+    for (unsigned i = 0; i < FIBERS; i++)
+        fibers[i].pool->service = &service;
+}
+static void two_threads_listen(void)
+{
+    listening();
+    fibers[1].pool = fibers[0].pool;
+}
+
 #define HANDOVER (WAITER_HANDOVER_AFTER_NS + 1)
 static const struct scenario scenarios[] = {
     {"lease", 1, 4, 2, 0, all_idle, {body_lease_twice, body_lease_twice}, NULL, 0, 0},
@@ -1304,6 +1406,9 @@ static const struct scenario scenarios[] = {
     {"events", 1, 5, 3, 0, nothing_open, {body_note, body_note, body_read_events}, NULL, NOTES, 0},
     {"join", 1, 4, 2, HANDOVER, first_is_out, {body_join, body_look_at_workers}, NULL, 0, 0},
     {"join-threads", 1, 4, 2, 0, two_threads_are_out, {body_join, body_join_after}, NULL, ONE_PROCESS, 0},
+    {"serve", 3, 4, 2, 0, listening, {body_end, body_serve}, clients_are_watched, 0, 1},
+    {"serve-two", 3, 5, 3, 0, listening, {body_end, body_serve, body_serve}, clients_are_watched, 0, 1},
+    {"serve-and-close", 3, 4, 2, 0, two_threads_listen, {body_serve, body_close_service}, NULL, ONE_PROCESS, 1},
     {"shown", 1, 4, 2, 0, first_is_shown, {body_show, body_look_at_leases}, NULL, 0, 0},
     {"last-permit-waiting", 3, 5, 4, 0, last_is_held, {body_lease, body_lease, body_give, body_shrink_to_one}, NULL, STEERS, 0},
 };
@@ -1405,7 +1510,10 @@ static void replay(const struct scenario *which, const char *list)
 int main(int argc, char **argv)
 {
     if (argc > 1 && !strncmp(argv[1], "weaken=", 7)) {
+        static char text[96];
         CHECK(IS_WEAK && weak_set_fault(argv[1] + 7));
+        snprintf(text, sizeof text, "%s ", argv[1]);
+        weakened = text;
         argc--, argv++;
     }
     const char *wanted = argc > 1 ? argv[1] : "all";
