@@ -7,15 +7,16 @@
  * upstream.h and steering.h change only as their tables allow. After each run: no slot had two
  * holders, none is lost, nobody slept beside a free slot (unless somebody died or stopped), and old leases fit nowhere.
  *
- * With SHMPOOL_MACHINE instead of SHMPOOL_HOOKS memory is that of weak.h: a load that may read an older value is a choice as well, with a bound of
- * its own (stale). What the kernel orders there: who locks a byte has seen what its last holder had when it unlocked it, closed the seat or died; a lock that
- * is refused, and a look at one, order nothing. FUTEX_WAIT compares with the last value; neither it nor FUTEX_WAKE orders anything, nor do clocks and
- * sched_yield(). Who gets an event has seen what who armed it had. There are no letters here (play_bare): what comes with a slot comes by its word alone. Threads of one process share its private words,
- * which are shared words like others; `fd` of a seat, and `recovering`, which are no words of atomics.h, are always the last.
+ * With SHMPOOL_MACHINE instead of SHMPOOL_HOOKS memory is that of weak.h: a load that may read an older value is a choice as well, with a bound
+ * of its own (stale). What the kernel orders there: who locks a byte has seen what its last holder had when it unlocked it, closed the seat or
+ * died, and recovery needs that; a lock that is refused, and a look at one, order nothing. Who gets an event of the epoll has seen what who armed
+ * it had. FUTEX_WAIT compares with the last value; neither it nor FUTEX_WAKE orders anything, nor do clocks and sched_yield(). There are no letters
+ * here (play_bare): what comes with a slot comes by its word alone. Threads of one process share its private words, which are words like others;
+ * the `fd` of a seat, `recovering` and the descriptors of a service, which are no words of atomics.h, are always the last.
  *
  *   interleave [SCENARIO|all|I/N] [seconds for each] [seed] walk; I/N: the scenarios I, I + N, I + 2N, ...
  *   interleave SCENARIO replay 3,0,1,0,1/0,0,2,1,...        one run, told step by step: its bounds, its choices
- *   interleave weaken=TAG:CALL:FROM:TO ...                  first: each such CALL (load, fetch_or, ...) of the core with the order FROM has the order TO
+ *   interleave weaken=TAG:CALL:FROM:TO ...                  first: each CALL (load, fetch_or, ...) with the tag and the order FROM has the order TO
  *
  * Stand-ins, by macros given to the compiler: the futex system call, the clock, usleep() and sched_yield() everywhere; seats and byte locks
  * in worker.c; the listener and the epoll in service.c. Everything else is the core as it is shipped.
@@ -364,8 +365,8 @@ static void watch(void)
     bound_before = bound;
 }
 
-/* Slot, queue, offer, futex, worker, upstream, service, users; "lock" and "use" are ours. Steps on private words, hints, counters, rows and accounts are of no
- * weight to the others. */
+/* Slot, queue, offer, futex, worker, upstream, service, users; "lock" and "use" are ours. Steps on private words, hints, counters, rows and
+ * accounts are of no weight to the others. */
 static bool is_step(const char *tag)
 {
     static const char weighty[] = "sl qu of fu wo up se lo us";

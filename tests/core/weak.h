@@ -13,9 +13,10 @@
  *
  * Decisions. What the kernel orders, the caller says: weak_publish() by who lets go, weak_join() by who gets. A store does not continue the
  * release sequence of its own thread (as in C++20: less order than C11). A seq_cst load orders only by seq_cst stores, as in C11; in C++20 also by
- * seq_cst loads, so here is less order. Limits: messages are appended only (no store comes before an older one: 2+2W), no load reads a store of later in
- * the run (no load buffering, nothing out of thin air), the order of seq_cst is that of the run. Of messages with one value the latest is read,
- * and an older one than the last WEAK_CHOICES values never. There are no fences: the core has none. Plain data are not followed: ThreadSanitizer does that.
+ * seq_cst loads, so here is less order. Limits: messages are appended only (no store comes before an older one: 2+2W); no load reads a store of
+ * later in the run (no load buffering, nothing out of thin air); the order of seq_cst is that of the run. Of messages with one value the latest is
+ * read, and an older one than the last WEAK_CHOICES values never. There are no fences: the core has none. Plain data are not followed:
+ * ThreadSanitizer does that.
  *
  * Source: the view machines of Kang et al., "A promising semantics for relaxed-memory concurrency", 2017, without promises; release sequences as
  * in Lahav et al., "Repairing sequential consistency in C/C++11", 2017. Not here: who runs when (interleave.c, litmus.c).
