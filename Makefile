@@ -50,7 +50,7 @@ verify-model: $(HAS)test $(EXTENSION) ## search the model of the protocols with 
 	$(LONG) tests/test_model.py
 
 verify-interleavings: $(HAS)test $(EXTENSION) ## every order of steps of the core, in plain and weak memory, SECONDS a scenario (60)
-	SHMPOOL_INTERLEAVE_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -n auto tests/test_core.py -k order_of_steps
+	SHMPOOL_INTERLEAVE_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -n auto tests/test_core.py -k 'order_of_steps or weaker_order'
 
 verify-crash: $(HAS)test $(EXTENSION) ## the core ended, stopped and killed at every step and every instruction
 	$(BIN)/python -m pytest -q -n auto tests/test_core.py -k 'crash or killed_after'
