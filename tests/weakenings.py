@@ -95,15 +95,19 @@ WEAKENINGS = [
     *_both("worker", "SHM_STORE_RELEASE", "join", "a worker is seen with the row of the one before"),
     *_both("shown", "SHM_LOAD_ACQUIRE", "shown", "the time of the hook counts as time on lease"),
     *_both("shown", "SHM_AND_SEQ", "shown", _KEPT, found=False, relaxed="the time of the hook counts as time on lease"),
-    *_both("private", "SHM_LOAD_ACQUIRE", "join-threads", "a thread joins with the handle of before"),
-    *_both("private", "SHM_STORE_RELEASE", "join-threads", "a thread joins with the handle of before"),
+    *_both(
+        "private", "SHM_LOAD_ACQUIRE", "join-threads", "a thread that finds its process joined has the cache of before"
+    ),
+    *_both(
+        "private", "SHM_STORE_RELEASE", "join-threads", "a thread that finds its process joined has the cache of before"
+    ),
     *_both(
         "private",
         "SHM_CAS_SEQ",
         "join-threads",
         _KEPT,
         found=False,
-        relaxed="a thread joins with the handle of before",
+        relaxed="a thread that finds its process joined has the cache of before",
     ),
     *_both("service", "SHM_LOAD_SEQ", "serve", "a client waits beside an empty slot, and nobody watches"),
     *_both("service", "SHM_CAS_SEQ", "serve", "a client waits beside an empty slot, and nobody watches"),
