@@ -1,7 +1,7 @@
 """How long a process that inherited nothing takes to join a named pool, beside the start of its interpreter.
 
 Each figure is of a new interpreter: it imports shmpool, then joins by name the pool of this process. Beside it, in
-turn, an interpreter that does nothing at all, timed from here from start to end.
+turn, an interpreter that does nothing at all, timed from here from start to end. All modules are compiled before.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pathlib
 import secrets
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import shmpool
 from benches.harness import Line, Options, Spread
+from benches.interpreters import Interpreters
 
 NEWCOMER = """
 import json, sys, time
@@ -36,11 +34,12 @@ def run(options: Options) -> list[Line]:
         return []
     lines = []
     for slots, limit in LIMITS_MS.items():
-        with pool_of(slots) as name:
+        with pool_of(slots) as name, Interpreters() as interpreters:
             idle, imports, joins = [], [], []
+            interpreters.output(NEWCOMER, name)
             for _ in range(options.pick(8, 60)):
-                idle.append(_timed("-c", "pass"))
-                imported, joined = json.loads(_output("-c", NEWCOMER, name))
+                idle.append(_timed(interpreters, "pass"))
+                imported, joined = json.loads(interpreters.output(NEWCOMER, name))
                 imports.append(imported / 1e6)
                 joins.append(joined / 1e6)
         spread, start = Spread.of(joins), Spread.of(idle)
@@ -60,14 +59,7 @@ def pool_of(slots: int) -> Iterator[str]:
         yield name
 
 
-def _timed(*arguments: str) -> float:
+def _timed(interpreters: Interpreters, program: str) -> float:
     began = time.perf_counter_ns()
-    _output(*arguments)
+    interpreters.output(program)
     return (time.perf_counter_ns() - began) / 1e6
-
-
-def _output(*arguments: str) -> str:
-    root = str(pathlib.Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return done.stdout
