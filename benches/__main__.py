@@ -11,7 +11,19 @@ from collections.abc import Sequence
 
 from benches.harness import Line, Options, machine, summary
 
-NAMES = ("roundtrip", "scale", "handover", "contention", "redis", "http", "recovery", "startup", "join", "inspect")
+NAMES = (
+    "roundtrip",
+    "scale",
+    "growth",
+    "handover",
+    "contention",
+    "redis",
+    "http",
+    "recovery",
+    "startup",
+    "join",
+    "inspect",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
