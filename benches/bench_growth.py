@@ -21,7 +21,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from benches import floor, subject
@@ -67,44 +67,48 @@ def slot_counts(options: Options) -> list[int]:
 # ---- two pools beside each other -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Site:
+    """A pool, a second process at work in it, and a view from outside."""
+
+    pool: Any
+    partner: Partner
+    inspector: Any
+
+
 def by_slots(options: Options, peer: Peer, slots: int) -> Rows:
-    rows: Rows = {}
     sizes = (FEWEST_SLOTS, slots)
-    with two_pools(peer, sizes) as (pools, partners):
-        rows |= compare(options, [few_open(pool, partner) for pool, partner in zip(pools, partners, strict=True)])
-        rows |= deaths(options, pools)
+    with sites(peer, sizes) as two:
+        rows = compare(options, [few_open(site) for site in two])
+        rows |= deaths(options, [site.pool for site in two])
         with contextlib.ExitStack() as stack:
-            for pool, size in zip(pools, sizes, strict=True):
-                stack.enter_context(all_leased_but(pool, size, OPEN))
-            tables = [all_open(pool, partner) for pool, partner in zip(pools, partners, strict=True)]
-            rows |= compare(options, tables)
-    with two_pools(peer, sizes, local_cache_size=0) as (pools, _):
-        rows |= compare(options, [{"lease and return, no local cache": loop(BODY, pool=pool)} for pool in pools])
+            for site, size in zip(two, sizes, strict=True):
+                stack.enter_context(all_leased_but(site.pool, size, OPEN))
+            rows |= compare(options, [all_open(site) for site in two])
+    with sites(peer, sizes, local_cache_size=0) as two:
+        rows |= compare(options, [{"lease and return, no local cache": loop(BODY, pool=site.pool)} for site in two])
     return rows
 
 
 def by_workers(options: Options, peer: Peer, workers: int) -> Rows:
     sizes = (WORKER_SLOTS, WORKER_SLOTS)
-    with (
-        two_pools(peer, sizes, max_workers=MAX_WORKERS) as (pools, partners),
-        idle(pools[1], workers - FEWEST_WORKERS),
-    ):
-        rows = compare(options, [few_open(pool, partner) for pool, partner in zip(pools, partners, strict=True)])
-        return rows | deaths(options, pools)
+    with sites(peer, sizes, max_workers=MAX_WORKERS) as two, idle(two[1].pool, workers - FEWEST_WORKERS):
+        rows = compare(options, [few_open(site) for site in two])
+        return rows | deaths(options, [site.pool for site in two])
 
 
 @contextlib.contextmanager
-def two_pools(peer: Peer, sizes: Sequence[int], **settings: Any) -> Iterator[tuple[list[Any], list[Partner]]]:
-    """Pools of so many slots, `OPEN` connections in each, and a second process at work in each."""
+def sites(peer: Peer, sizes: Sequence[int], **settings: Any) -> Iterator[list[Site]]:
+    """Pools of so many slots, `OPEN` connections in each."""
     with contextlib.ExitStack() as stack:
-        pools, partners = [], []
+        found = []
         for size in sizes:
             config = {**SETTINGS, "resize_limit": size, **settings}
             pool = stack.enter_context(subject.pool_of(peer.dial_unix, size, **config))
-            pools.append(pool)
-            partners.append(stack.enter_context(Partner(pool)))
+            partner = stack.enter_context(Partner(pool))
+            found.append(Site(pool, partner, stack.enter_context(subject.inspector_of(pool))))
             subject.warm(pool, OPEN)
-        yield pools, partners
+        yield found
 
 
 def compare(options: Options, figures: Sequence[dict[str, Callable[[int], int]]]) -> Rows:
@@ -120,26 +124,28 @@ def row_of(table: Table, small: str, large: str) -> Row:
     return table.cost(small), table.cost(large), table.ratio(large, small)
 
 
-def few_open(pool: Any, partner: Partner) -> dict[str, Callable[[int], int]]:
-    inspector = subject.inspector_of(pool)
+def few_open(site: Site) -> dict[str, Callable[[int], int]]:
     return {
-        "lease and return": loop(BODY, pool=pool),
-        "steal from another's cache": partner.steal,
-        "dial, and end the connection": dials(pool),
-        "recover(), nobody died": loop("recover()", recover=pool.recover),
-        "snapshot()": loop("snapshot()", snapshot=inspector.snapshot),
-        "stats()": loop("stats()", stats=inspector.stats),
+        "lease and return": loop(BODY, pool=site.pool),
+        "steal from another's cache": site.partner.steal,
+        "dial, and end the connection": dials(site.pool),
+        **scans("", site),
     }
 
 
-def all_open(pool: Any, partner: Partner) -> dict[str, Callable[[int], int]]:
-    inspector = subject.inspector_of(pool)
+def all_open(site: Site) -> dict[str, Callable[[int], int]]:
     return {
-        f"all open, all but {OPEN} leased: lease and return": loop(BODY, pool=pool),
-        "  steal from another's cache": partner.steal,
-        "  recover(), nobody died": loop("recover()", recover=pool.recover),
-        "  snapshot()": loop("snapshot()", snapshot=inspector.snapshot),
-        "  stats()": loop("stats()", stats=inspector.stats),
+        f"all open, all but {OPEN} leased: lease and return": loop(BODY, pool=site.pool),
+        "  steal from another's cache": site.partner.steal,
+        **scans("  ", site),
+    }
+
+
+def scans(indent: str, site: Site) -> dict[str, Callable[[int], int]]:
+    return {
+        f"{indent}recover(), nobody died": loop("recover()", recover=site.pool.recover),
+        f"{indent}snapshot()": loop("snapshot()", snapshot=site.inspector.snapshot),
+        f"{indent}stats()": loop("stats()", stats=site.inspector.stats),
     }
 
 

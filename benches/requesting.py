@@ -4,7 +4,8 @@ A `Contender` is a way to have connections; a `Case` is what is asked for, and h
 requests. All contenders of a case take turns, in an order that is turned each time; ratios are taken within a turn.
 
 The server is asked nothing while the clock runs: its connections are the descriptors that its process has beyond those
-it had before, looked at ten times a turn (the most counts), and its CPU time is the kernel's. What a worker computes is
+it had before, looked at before a turn and ten times in it (the most
+counts), and its CPU time is the kernel's. What a worker computes is
 CPU time, not wall time, and is not counted as the client's.
 
 Not here: the servers, the clients (bench_redis, bench_http).
@@ -115,11 +116,10 @@ def contend(case: Case, begin: Callable[[], Request], server: Server, seconds: f
     with Crew(*(Forked(_worker, words, number, begin, case.work_s) for number in range(WORKERS))) as crew:
         for number in range(WORKERS):
             words.sleep_while(IN_PLACE + number, 0)
-        before = server.cpu_s()
+        before, connections = server.cpu_s(), server.connections()
         words.store(END, time.perf_counter_ns() + int(seconds * 1e9))
         for _ in range(WORKERS):
             words.wake(START, 1)
-        connections = 0
         for _ in range(LOOKS):
             time.sleep(seconds / (LOOKS + 1))
             connections = max(connections, server.connections())
@@ -144,11 +144,14 @@ def _worker(words: Any, number: int, begin: Callable[[], Request], work_s: float
     words.wake(IN_PLACE + number, 1)
     words.sleep_while(START, 0)
     end, cpu = words.load(END), time.process_time()
-    while (began := clock()) < end:
+    while True:  # at least once: this process may have lost its core for the whole turn
+        began = clock()
         request()
         waits.append(clock() - began)
         if work_s:
             compute(work_s)
+        if clock() >= end:
+            break
     return waits, time.process_time() - cpu - work_s * len(waits)
 
 
