@@ -29,7 +29,7 @@ NAMES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches", description="What shmpool costs, as ratios to floors.")
     parser.add_argument("names", nargs="*", metavar="name", help=f"which benches: {', '.join(NAMES)} (all)")
-    parser.add_argument("--quick", action="store_true", help="under a minute for all, with wider spreads")
+    parser.add_argument("--quick", action="store_true", help="about a minute for all, with wider spreads")
     parser.add_argument("--floors", action="store_true", help="only the floors and the peers, nothing of shmpool")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     chosen = parser.parse_args(arguments)

@@ -61,7 +61,8 @@ def slot_counts(options: Options) -> list[int]:
     most = min(MOST_SLOTS, (limit - SPARE) // 2)
     if most < MOST_SLOTS:
         options.say(f"  {most} slots in place of {MOST_SLOTS}: a slot takes two of a process's {limit} open files")
-    return [count for count in options.pick((512,), (64, 512, 4096)) if count < most] + options.pick([], [most])
+    wanted: tuple[int, ...] = options.pick((512,), (64, 512, 4096, most))
+    return sorted({min(count, most) for count in wanted})
 
 
 # ---- two pools beside each other -----------------------------------------------------------------------------------

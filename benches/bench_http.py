@@ -38,7 +38,7 @@ def run(options: Options) -> list[Line]:
     with server:
         seen = Server(server.pid)
         for case in CASES:
-            outcomes = take_turns(case, contenders, seen, options, options.pick(0.3, 2.0), options.pick(1, 6))
+            outcomes = take_turns(case, contenders, seen, options, options.pick(0.2, 2.0), options.pick(1, 6))
             lines += compare(case, outcomes, OWN, {})
     return lines + connections("http", outcomes)
 
@@ -67,7 +67,7 @@ def requests_by(pool: Any) -> Request:
 def leasing(urllib3: Any, pool: Any) -> Any:
     """A class as urllib3's HTTPConnectionPool, for one thread, whose connections are leased from `pool`."""
 
-    class Leasing(urllib3.HTTPConnectionPool):  # type: ignore[misc, name-defined]
+    class Leasing(urllib3.HTTPConnectionPool):  # type: ignore[misc]
         _lease: Any = None
 
         def _get_conn(self, timeout: float | None = None) -> Any:

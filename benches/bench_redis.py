@@ -46,7 +46,7 @@ def run(options: Options) -> list[Line]:
                 case, contenders = Case("redis", command, work_s), contenders_of(redis, server, ask, options)
                 is_budget = command == "PING" and not work_s
                 turns = options.pick(2, 8) if is_budget else options.pick(1, 5)
-                outcomes = take_turns(case, contenders, seen, options, options.pick(0.3, 1.5), turns)
+                outcomes = take_turns(case, contenders, seen, options, options.pick(0.2, 1.5), turns)
                 lines += compare(case, outcomes, OWN, LIMITS if is_budget else {})
         return lines + connections("redis", outcomes)
     finally:

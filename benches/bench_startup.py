@@ -8,6 +8,7 @@ Not here: joining a named pool (bench_join).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
+from operator import methodcaller
 from typing import Any
 
 from benches.harness import Candidate, Line, Options, Spread, interleave
@@ -48,7 +50,7 @@ FIRST_CONNECTION = """
 import socket, sys, time
 host, port = sys.argv[1].removeprefix("tcp://").split(":")
 began = time.perf_counter_ns()
-socket.create_connection((host, int(port)))
+socket.socket().connect((host, int(port)))
 print(time.perf_counter_ns() - began)
 """
 
@@ -68,13 +70,13 @@ def run(options: Options) -> list[Line]:
 
 
 def imports(options: Options, interpreters: Interpreters) -> list[Line]:
-    wanted = ("socket", *(() if options.floors_only else ("shmpool",)), *PEERS)
+    wanted = ("socket", *(() if options.floors_only else ("shmpool",)), *options.pick(PEERS[:2], PEERS))
     names = [name for name in wanted if interpreters.has(name)]
     if missing := sorted(set(wanted) - set(names)):
         options.say(f"  left out: {', '.join(missing)}: not installed")
     wall: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(options.pick(3, 40)):
+    for turn in range(options.pick(3, 25)):
         first = turn % len(names)
         for name in [*names[first:], *names[:first]]:
             wall_ns, cpu_ns = map(int, interpreters.output(IMPORT.format(module=name)).split())
@@ -107,24 +109,24 @@ def ready(options: Options, peer: Peer) -> list[Line]:
     shmpool: Any = importlib.import_module("shmpool")
     target = f"tcp://127.0.0.1:{peer.port}"
 
-    def pool_of(count: int) -> Callable[[], Any]:
-        def make() -> Any:
-            pool = shmpool.Pool(target, min_connections=count, max_connections=count)
-            pool.wait_ready()
-            return pool
+    def pool_of(count: int) -> Any:
+        pool = shmpool.Pool(target, min_connections=count, max_connections=count)
+        pool.wait_ready()
+        return pool
 
-        return make
+    def plain_ones(count: int) -> list[socket.socket]:
+        return [peer.dial_tcp() for _ in range(count)]
 
     lines = []
     for count in options.pick((1, 8), (1, 8, 64)):
         plain, pooled = f"{count} plain connections in a loop", f"Pool() until {count} connections are open"
         candidates = [
-            Candidate(plain, timed(lambda count=count: [peer.dial_tcp() for _ in range(count)], hang_up)),
-            Candidate(pooled, timed(pool_of(count), lambda pool: pool.close())),
+            Candidate(plain, timed(functools.partial(plain_ones, count), hang_up)),
+            Candidate(pooled, timed(functools.partial(pool_of, count), methodcaller("close"))),
         ]
         table = interleave(candidates, rounds=options.pick(2, 20), slice_ms=1.0)
         table.show(options, plain)
-        in_ms = table.derive(lambda times, pooled=pooled: times[pooled] / 1e6)
+        in_ms = Spread.of(figure / 1e6 for figure in table.times[pooled])
         lines.append(Line("startup", pooled, in_ms, " ms"))
         lines.append(Line("startup", f"  over {plain}", table.ratio(pooled, plain)))
     return lines
@@ -151,10 +153,13 @@ def hang_up(connections: list[socket.socket]) -> None:
 
 
 def first_leases(options: Options, interpreters: Interpreters, target: str) -> list[Line]:
-    made, leased, whole, plain = [], [], [], []
+    plain: list[float] = []
+    made: list[float] = []
+    leased: list[float] = []
+    whole: list[float] = []
     for program in (FIRST_LEASE, FIRST_CONNECTION):
         interpreters.output(program, target)
-    for _ in range(options.pick(3, 40)):
+    for _ in range(options.pick(3, 25)):
         plain.append(int(interpreters.output(FIRST_CONNECTION, target)) / 1e6)
         figures = [int(word) / 1e6 for word in interpreters.output(FIRST_LEASE, target).split()]
         for figure, kept in zip(figures, (made, leased, whole), strict=True):

@@ -11,6 +11,7 @@ import sys
 import threading
 from typing import Any
 
+from granian.constants import HTTPModes
 from granian.server.embed import Server
 
 BODY = "x" * 100  # bytes
@@ -27,7 +28,7 @@ def end_with_input() -> None:
 
 def main(port: int) -> None:
     threading.Thread(target=end_with_input, daemon=True).start()
-    asyncio.run(Server(app, port=port, http="1", websockets=False, log_enabled=False).serve())
+    asyncio.run(Server(app, port=port, http=HTTPModes.http1, websockets=False, log_enabled=False).serve())
 
 
 if __name__ == "__main__":
