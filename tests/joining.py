@@ -32,7 +32,7 @@ from typing import Any, Literal
 import pytest
 
 import shmpool
-from shmpool import Pool, PoolClosed, slab
+from shmpool import LeaseExpired, Pool, PoolClosed, PoolExhausted, slab
 from tests.processes import TIMEOUT_S, Family, Latch, lease_every_slot, ready, until, use
 from tests.servers import ExclusiveServer, exclusive_use
 
@@ -129,6 +129,47 @@ def hold(mine: Mine) -> int:
     """Lease one and keep it."""
     mine.leases.append(mine.pool.get())
     return use_of(mine.leases[-1])
+
+
+def keep_one(mine: Mine, timeout: float | None = None) -> int:
+    """Its number in the pool, after an exclusive use; it is kept. Without a timeout: at once or not at all."""
+    got = mine.pool.try_get() if timeout is None else mine.pool.get(timeout=timeout)
+    mine.leases.append(got)
+    use_of(got)
+    return int(got.id)
+
+
+def use_kept_one(mine: Mine, place: int) -> None:
+    use_of(mine.leases[place])
+
+
+def give_back(mine: Mine, place: int, how: str) -> None:
+    """And once more, which must be refused."""
+    kept = mine.leases.pop(place)
+    getattr(kept, how)()
+    with pytest.raises(LeaseExpired):
+        _ = kept.socket
+    with pytest.raises(LeaseExpired):
+        kept.release()
+
+
+def fork_and_lease(mine: Mine) -> str:
+    """A child, which has copies of all that this process has, leases for itself, and exits without a word."""
+    pid = os.fork()
+    if pid == 0:
+        ended = 1
+        try:
+            for stale in mine.leases:
+                with pytest.raises(LeaseExpired):
+                    _ = stale.socket
+            with mine.pool.try_get() as got:
+                use_of(got)
+            ended = 0
+        except PoolExhausted:
+            ended = 2
+        finally:
+            os._exit(ended)
+    return ("leased", "failed", "exhausted")[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
 
 
 def every_slot(mine: Mine) -> set[int]:
@@ -347,7 +388,12 @@ class Worker:
 
     def answer(self, timeout_s: float = TIMEOUT_S) -> Any:
         assert self._channel.poll(timeout_s), f"worker {self.pid} gave no answer within {timeout_s} s"
-        kind, value = self._channel.recv()
+        try:
+            kind, value = self._channel.recv()
+        except EOFError as error:
+            self.wait()
+            said = "" if self._stderr is None else self.stderr
+            raise AssertionError(f"worker {self.pid} ended in place of an answer: {said}") from error
         if kind == "ready":
             return self.answer(timeout_s)
         if kind == "raised":

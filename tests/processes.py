@@ -39,6 +39,7 @@ from tests.servers import ExclusiveServer, exclusive_use
 
 TIMEOUT_S = 30.0
 LONG = os.environ.get("SHMPOOL_TEST_LONG", "") not in ("", "0")
+SECONDS = float(os.environ.get("SHMPOOL_TEST_SECONDS", 20))  # of each long storm
 
 Way = Literal["os", "libc", "clone"]
 _CODE_RAISED = 70

@@ -28,7 +28,7 @@ from shmpool.stats import FAILURES
 from tests.books import audit
 from tests.daily import LEAK_S, OWN, THREADS, Tally, attend, resolve, threads_of_pools, work
 from tests.joining import Company, Runtime, Worker, fresh_name, leave, own_runtime
-from tests.processes import LONG, chance, descriptors, lease_every_slot, states, until
+from tests.processes import LONG, SECONDS, chance, descriptors, lease_every_slot, states, until
 from tests.servers import ExclusiveServer
 
 CONNECTIONS, MOST = 6, 12
@@ -311,4 +311,4 @@ def test_a_day_in_a_minute(servers: list[ExclusiveServer], tmp_path: Path, monke
 @pytest.mark.parametrize("day", range(1, 21))
 def test_twenty_days(servers: list[ExclusiveServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, day: int) -> None:
     print(f"day {day}")
-    live_through(40.0, servers, tmp_path, monkeypatch)
+    live_through(2 * SECONDS, servers, tmp_path, monkeypatch)
