@@ -17,6 +17,7 @@ NAMES = (
     "growth",
     "handover",
     "contention",
+    "grid",
     "redis",
     "http",
     "recovery",

@@ -324,6 +324,22 @@ static PyObject *look_at_socket(PyObject *module, PyObject *args)
     return PyLong_FromUnsignedLongLong(taken_ns);
 }
 
+/* 0 -> 1 -> 0 by compare-and-swap on shared memory, n times: the least a lease and its return must do. In nanoseconds. */
+static PyObject *swap_pairs(PyObject *module, PyObject *args)
+{
+    (void)module;
+    unsigned n;
+    if (!PyArg_ParseTuple(args, "I", &n)) return NULL;
+    Guard *guard = (Guard *)PyObject_CallFunction((PyObject *)&GuardType, "i", GUARD_CAS);
+    if (guard == NULL) return NULL;
+    int failed = 0;
+    uint64_t began_ns = now_ns();
+    for (unsigned i = 0; i < n && !failed; i++) failed = guard_swap(guard, 0, 1) < 0 || guard_swap(guard, 1, 0) < 0;
+    uint64_t taken_ns = now_ns() - began_ns;
+    Py_DECREF(guard);
+    return failed ? NULL : PyLong_FromUnsignedLongLong(taken_ns);
+}
+
 static int peek_letter(int fd)
 {
     char text[LETTER_BYTES];
@@ -387,6 +403,7 @@ static PyObject *timer_slack(PyObject *module, PyObject *args)
 static PyMethodDef floor_methods[] = {
     {"nothing", nothing, METH_NOARGS, "a C call that does nothing"},
     {"look_at_socket", look_at_socket, METH_VARARGS, "look_at_socket(fd, n) -> ns"},
+    {"swap_pairs", swap_pairs, METH_VARARGS, "swap_pairs(n) -> ns"},
     {"peek_mailbox", peek_mailbox, METH_VARARGS, "peek_mailbox(fd, n) -> ns"},
     {"die_with_parent", die_with_parent, METH_VARARGS, "die_with_parent(its pid)"},
     {"timer_slack", timer_slack, METH_VARARGS, "timer_slack(ns)"},

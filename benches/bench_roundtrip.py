@@ -1,14 +1,19 @@
 """What one lease and its return cost in a process that has used the connection before.
 
-Floors: an empty C guard in `with`; the same with a CAS pair on shared memory; a bare liveness look. Peers: pools.py's.
+Floors: an empty C guard in `with`; the same with a CAS pair on shared memory; the bare CAS pair; a bare liveness look.
+Peers: pools of other projects, each for one process (`peers`), and what one would share between processes with the
+standard library (`permits`). What statistics cost is the difference, within a round, to a pool that keeps none.
+
+Not here: more than one thread (`bench_contention`, `bench_grid`).
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
-from benches import floor, peers, subject
+from benches import floor, peers, permits, subject
 from benches.harness import Candidate, Line, Options, Table, interleave, loop
 from benches.workers import Peer
 
@@ -16,8 +21,17 @@ GUARD = "empty C guard, with"
 LOOK = "recv(MSG_PEEK|MSG_DONTWAIT)"
 WARM = "shmpool with get() as c: c.socket"
 LOOKING = WARM + ", looked at"
+UNSEEN = ", stats=False"
 BARE = "shmpool get/release"
 BODY = "with get() as c: c.socket"
+SHARED: tuple[Callable[[int], permits.Permits], ...] = (
+    permits.Semaphore,
+    permits.Pipe,
+    permits.FreeStack,
+    permits.SimpleIndices,
+    permits.Indices,
+    permits.ManagedIndices,
+)
 
 
 def run(options: Options) -> list[Line]:
@@ -26,7 +40,7 @@ def run(options: Options) -> list[Line]:
         candidates = floors(stack, peer)
         subjects = [] if options.floors_only else ours(stack, peer)
         others = peers.enter_all(stack, peer, options)
-        candidates += [*subjects, *stack.enter_context(peers.lifo_queue(peer)), *others]
+        candidates += [*subjects, *stack.enter_context(peers.lifo_queue(peer)), *others, *shared(stack)]
         table = interleave(candidates, rounds=options.pick(40, 200), slice_ms=options.pick(1.0, 2.0))
     table.show(options, GUARD)
     return [] if options.floors_only else budget(table, [other.name for other in others])
@@ -36,12 +50,13 @@ def floors(stack: contextlib.ExitStack, peer: Peer) -> list[Candidate]:
     c = floor.load()
     quiet = stack.enter_context(peer.dial_tcp())
     return [
-        Candidate(GUARD, loop("with guard: pass", guard=c.Guard())),
-        Candidate("empty C guard, with get() as c: c.socket", loop(BODY, get=c.Guard().get)),
-        Candidate("C guard with a CAS pair on shared memory", loop("with guard: pass", guard=c.Guard(c.CAS))),
-        Candidate("C guard with CAS pair and two clocks", loop("with guard: pass", guard=c.Guard(c.CLOCK))),
-        Candidate("C call", loop("nothing()", nothing=c.nothing)),
-        Candidate(LOOK, lambda n: int(c.look_at_socket(quiet.fileno(), n))),
+        Candidate(GUARD, loop("with guard: pass", guard=c.Guard()), "floor"),
+        Candidate("empty C guard, with get() as c: c.socket", loop(BODY, get=c.Guard().get), "floor"),
+        Candidate("C guard with a CAS pair on shared memory", loop("with guard: pass", guard=c.Guard(c.CAS)), "floor"),
+        Candidate("C guard with CAS pair and two clocks", loop("with guard: pass", guard=c.Guard(c.CLOCK)), "floor"),
+        Candidate("CAS pair on shared memory, nobody else", lambda n: int(c.swap_pairs(n)), "floor"),
+        Candidate("C call", loop("nothing()", nothing=c.nothing), "floor"),
+        Candidate(LOOK, lambda n: int(c.look_at_socket(quiet.fileno(), n)), "floor"),
     ]
 
 
@@ -53,20 +68,33 @@ def ours(stack: contextlib.ExitStack, peer: Peer) -> list[Candidate]:
 
     def nothing(connection: object) -> None: ...
 
-    usual = pool()
+    usual, unseen = pool(), pool(stats=False)
     return [
         Candidate(WARM, loop("with pool.get() as c: c.socket", pool=usual)),
         Candidate("shmpool with get() as c: pass", loop("with pool.get() as c: pass", pool=usual)),
         Candidate(BARE, loop("c = pool.get()\nc.release()", pool=usual)),
         Candidate("shmpool try_get/release", loop("c = pool.try_get()\nc.release()", pool=usual)),
         Candidate("shmpool with get_tcp()", loop("with pool.get_tcp() as c: c.socket", pool=usual)),
-        Candidate(WARM + ", stats=False", loop("with pool.get() as c: c.socket", pool=pool(stats=False))),
+        Candidate(WARM + UNSEEN, loop("with pool.get() as c: c.socket", pool=unseen)),
+        Candidate(BARE + UNSEEN, loop("c = pool.get()\nc.release()", pool=unseen)),
         Candidate(LOOKING, loop("with pool.get() as c: c.socket", pool=pool(alive_bypass=0.0))),
         Candidate(
             WARM + ", two hooks",
             loop("with pool.get() as c: c.socket", pool=pool(on_borrow=nothing, on_return=nothing)),
         ),
     ]
+
+
+def shared(stack: contextlib.ExitStack) -> list[Candidate]:
+    """What has no more than a count is no pool, and is there for comparison: a semaphore, a pipe."""
+    found = []
+    for make in SHARED:
+        made = make(4)
+        stack.callback(made.close)
+        stack.callback(made.leave)
+        body = loop("c = take()\ngive(c)", take=made.take, give=made.give)
+        found.append(Candidate(made.name, body, "pools of several processes"))
+    return found
 
 
 def budget(table: Table, others: list[str]) -> list[Line]:
@@ -79,7 +107,16 @@ def budget(table: Table, others: list[str]) -> list[Line]:
         Line("roundtrip", "get, release / empty C guard", table.ratio(BARE, GUARD)),
         Line("roundtrip", "with two Python hooks / empty C guard", table.ratio(WARM + ", two hooks", GUARD)),
         Line("roundtrip", "lease and return, warm", table.cost(WARM), unit=" ns", digits=0),
-    ]
+        *(statistics(table, name, limit) for name, limit in ((WARM, 25.0), (BARE, None))),
+        Line("roundtrip", "free stack of the standard library, for several processes / get, release",
+             table.ratio(permits.FreeStack.name, BARE)),
+    ]  # fmt: skip
+
+
+def statistics(table: Table, name: str, limit: float | None) -> Line:
+    """The cost of statistics."""
+    cost = table.derive(lambda times: times[name] - times[name + UNSEEN])
+    return Line("roundtrip", f"what statistics cost, {name.removeprefix('shmpool ')}", cost, " ns", limit, digits=1)
 
 
 def against(table: Table, ours: str, others: list[str], manner: str) -> list[Line]:

@@ -19,9 +19,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 UNROLL = 8
+
+
+Group = Literal["floor", "shmpool", "pools of one process", "pools of several processes"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Candidate:
 
     name: str
     run: Callable[[int], int]
+    group: Group = "shmpool"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Spread:
         if not ordered:
             raise ValueError("no figures")
         return cls(statistics.median(ordered), quantile(ordered, 0.1), quantile(ordered, 0.9), len(ordered))
+
+    def to_json(self) -> dict[str, float]:
+        """To four digits, which is more than any of them means."""
+        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
 
     def text(self, unit: str, digits: int = 2) -> str:
         return f"{self.median:.{digits}f}{unit} ({self.p10:.{digits}f}..{self.p90:.{digits}f})"
@@ -84,7 +92,8 @@ class Line:
         return f"{'>=' if self.at_least else '<='} {self.limit:g}{self.unit}"
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "must": self.must_text, "verdict": self.verdict}
+        measured = self.measured.to_json()
+        return {**asdict(self), "measured": measured, "must": self.must_text, "verdict": self.verdict}
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ def loop(statement: str, setup: str = "", **names: Any) -> Callable[[int], int]:
 class Table:
     """What the rounds gave: for each candidate, the nanoseconds of one turn in each round."""
 
-    def __init__(self, times: dict[str, list[float]]) -> None:
-        self.times = times
+    def __init__(self, times: dict[str, list[float]], groups: dict[str, Group]) -> None:
+        self.times, self.groups = times, groups
 
     def cost(self, name: str) -> Spread:
         return Spread.of(self.times[name])
@@ -141,12 +150,16 @@ class Table:
         return Spread.of(figure(dict(zip(self.times, one, strict=True))) for one in rounds)
 
     def show(self, options: Options, floor: str) -> None:
-        width = max(len(name) for name in self.times)
-        options.tables.append({"floor": floor, "ns": {name: asdict(self.cost(name)) for name in self.times}})
+        """Prints it, the cheapest first, and keeps it for the result."""
+        names = sorted(self.times, key=lambda name: self.cost(name).median)
+        width = max(len(name) for name in names)
+        rows = []
         options.say(f"  {'':{width}}  {'ns':>9}  ratio to `{floor}` (p10..p90)")
-        for name in self.times:
-            ratio = self.ratio(name, floor)
-            options.say(f"  {name:{width}}  {self.cost(name).median:9.1f}  {ratio.text(' x')}")
+        for name in names:
+            cost, ratio = self.cost(name), self.ratio(name, floor)
+            rows.append({"name": name, "group": self.groups[name], "ns": cost.to_json(), "ratio": ratio.to_json()})
+            options.say(f"  {name:{width}}  {cost.median:9.1f}  {ratio.text(' x')}")
+        options.tables.append({"floor": floor, "rows": rows})
 
 
 def interleave(candidates: Sequence[Candidate], rounds: int, slice_ms: float = 2.0) -> Table:
@@ -165,7 +178,7 @@ def interleave(candidates: Sequence[Candidate], rounds: int, slice_ms: float = 2
     finally:
         if collecting:
             gc.enable()
-    return Table(times)
+    return Table(times, {candidate.name: candidate.group for candidate in candidates})
 
 
 def _turns_in(candidate: Candidate, slice_ns: float) -> int:

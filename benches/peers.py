@@ -19,6 +19,10 @@ from benches.harness import Candidate, Options, loop
 from benches.workers import Peer
 
 
+def _candidate(name: str, run: Callable[[int], int]) -> Candidate:
+    return Candidate(name, run, "pools of one process")
+
+
 class StubConnection:
     """What the pools ask of a connection; all of it does nothing."""
 
@@ -59,7 +63,7 @@ class StubDriver:
 def lifo_queue(_peer: Peer) -> Iterator[list[Candidate]]:
     box: queue.LifoQueue[object] = queue.LifoQueue(4)
     box.put(object())
-    yield [Candidate("queue.LifoQueue get/put", loop("c = get()\nput(c)", get=box.get, put=box.put))]
+    yield [_candidate("queue.LifoQueue get/put", loop("c = get()\nput(c)", get=box.get, put=box.put))]
 
 
 @contextlib.contextmanager
@@ -69,9 +73,9 @@ def dbutils(_peer: Peer) -> Iterator[list[Candidate]]:
     pool = make(StubDriver, reset=False, ping=0, **sizes)
     usual = make(StubDriver, **sizes)
     yield [
-        Candidate("DBUtils PooledDB with, its defaults", loop("with pool.connection() as c: c.close", pool=usual)),
-        Candidate("DBUtils PooledDB get/close", loop("c = pool.connection()\nc.close()", pool=pool)),
-        Candidate("DBUtils PooledDB with", loop("with pool.connection() as c: c.close", pool=pool)),
+        _candidate("DBUtils PooledDB with, its defaults", loop("with pool.connection() as c: c.close", pool=usual)),
+        _candidate("DBUtils PooledDB get/close", loop("c = pool.connection()\nc.close()", pool=pool)),
+        _candidate("DBUtils PooledDB with", loop("with pool.connection() as c: c.close", pool=pool)),
     ]
     pool.close()
     usual.close()
@@ -84,8 +88,8 @@ def psycopg_pool(_peer: Peer) -> Iterator[list[Candidate]]:
     )
     pool.wait()
     yield [
-        Candidate("psycopg_pool getconn/putconn", loop("c = get()\nput(c)", get=pool.getconn, put=pool.putconn)),
-        Candidate("psycopg_pool with", loop("with pool.connection() as c: c.close", pool=pool)),
+        _candidate("psycopg_pool getconn/putconn", loop("c = get()\nput(c)", get=pool.getconn, put=pool.putconn)),
+        _candidate("psycopg_pool with", loop("with pool.connection() as c: c.close", pool=pool)),
     ]
     pool.close()
 
@@ -95,7 +99,7 @@ def sqlalchemy(_peer: Peer) -> Iterator[list[Candidate]]:
     pool = importlib.import_module("sqlalchemy.pool").QueuePool(
         StubConnection, pool_size=4, max_overflow=0, reset_on_return=None
     )
-    yield [Candidate("SQLAlchemy QueuePool connect/close", loop("c = pool.connect()\nc.close()", pool=pool))]
+    yield [_candidate("SQLAlchemy QueuePool connect/close", loop("c = pool.connect()\nc.close()", pool=pool))]
     pool.dispose()
 
 
@@ -105,7 +109,7 @@ def redis_py(peer: Peer) -> Iterator[list[Candidate]]:
         host="127.0.0.1", port=peer.port, protocol=2, driver_info=None, lib_name=None, lib_version=None
     )
     body = "c = get()\nput(c)"
-    yield [Candidate("redis-py get_connection/release", loop(body, get=pool.get_connection, put=pool.release))]
+    yield [_candidate("redis-py get_connection/release", loop(body, get=pool.get_connection, put=pool.release))]
     pool.disconnect()
 
 
@@ -115,14 +119,14 @@ def urllib3(peer: Peer) -> Iterator[list[Candidate]]:
     connection = pool._get_conn()
     connection.connect()
     pool._put_conn(connection)
-    yield [Candidate("urllib3 _get_conn/_put_conn", loop("c = get()\nput(c)", get=pool._get_conn, put=pool._put_conn))]
+    yield [_candidate("urllib3 _get_conn/_put_conn", loop("c = get()\nput(c)", get=pool._get_conn, put=pool._put_conn))]
     pool.close()
 
 
 @contextlib.contextmanager
 def connection_pool(_peer: Peer) -> Iterator[list[Candidate]]:
     pool = importlib.import_module("connection_pool").ConnectionPool(create=StubConnection, max_size=4, idle=0)
-    yield [Candidate("connection-pool with", loop("with pool.item() as c: c.close", pool=pool))]
+    yield [_candidate("connection-pool with", loop("with pool.item() as c: c.close", pool=pool))]
 
 
 @contextlib.contextmanager
@@ -136,7 +140,7 @@ def generic_connection_pool(_peer: Peer) -> Iterator[list[Candidate]]:
         def dispose(self, *_endpoint: Any, **_timeout: Any) -> None: ...
 
     pool = common.ConnectionPool(Manager(), max_size=4, total_max_size=4)
-    yield [Candidate("generic-connection-pool with", loop("with pool.connection('x') as c: c.close", pool=pool))]
+    yield [_candidate("generic-connection-pool with", loop("with pool.connection('x') as c: c.close", pool=pool))]
     pool.close()
 
 
