@@ -18,7 +18,7 @@ CORE := shmpool/core $(wildcard shmpool/core/*.[ch])
 ENV := $(VENV)/.made$(SUFFIX)
 HAS := $(VENV)/.has-
 
-.PHONY: help demo test check servers sanitize bench bench-smoke build extension tools lint types clean \
+.PHONY: help demo test check servers sanitize bench bench-reference bench-smoke build extension tools lint types clean \
 	verify-model verify-interleavings verify-crash verify-mutants verify-storm verify-hostile
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -66,6 +66,9 @@ verify-hostile: $(HAS)test $(EXTENSION) ## 5 000 damaged slabs under sanitizers,
 
 bench: $(HAS)bench $(EXTENSION) ## measure, beside other pools
 	$(BIN)/python -m benches
+
+bench-reference: bench ## measure, and make the result the one that benches/README.md shows
+	$(BIN)/python -m benches --install benches/results/latest.json
 
 bench-smoke: $(HAS)bench $(EXTENSION) ## see that the benches run
 	$(BIN)/python -m benches --quick

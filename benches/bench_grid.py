@@ -95,7 +95,7 @@ def take_turns(cell: Cell, peer: Peer, options: Options) -> dict[str, list[Outco
 
 def _contend(permits: Permits, cell: Cell, options: Options) -> Outcome:
     workers = cell.at_once if permits.name == Unguarded.name else cell.processes
-    seconds = options.pick(0.2, 0.5 if cell.hold_us else 0.3)
+    seconds = options.pick(0.2, 0.4 if cell.hold_us else 0.25)
     return contend(permits, workers, lambda: exactly(cell.hold_us / 1e6), seconds)
 
 

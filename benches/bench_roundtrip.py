@@ -93,7 +93,7 @@ def shared(stack: contextlib.ExitStack) -> list[Candidate]:
         stack.callback(made.close)
         stack.callback(made.leave)
         body = loop("c = take()\ngive(c)", take=made.take, give=made.give)
-        found.append(Candidate(made.name, body, "pools of several processes"))
+        found.append(Candidate(made.name, body, "for several processes"))
     return found
 
 

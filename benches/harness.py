@@ -24,7 +24,7 @@ from typing import Any, Literal, TextIO
 UNROLL = 8
 
 
-Group = Literal["floor", "shmpool", "pools of one process", "pools of several processes"]
+Group = Literal["floor", "shmpool", "for one process", "for several processes"]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from benches.workers import Peer
 
 
 def _candidate(name: str, run: Callable[[int], int]) -> Candidate:
-    return Candidate(name, run, "pools of one process")
+    return Candidate(name, run, "for one process")
 
 
 class StubConnection:
