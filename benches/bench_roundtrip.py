@@ -39,8 +39,9 @@ def run(options: Options) -> list[Line]:
         peer = stack.enter_context(Peer())
         candidates = floors(stack, peer)
         subjects = [] if options.floors_only else ours(stack, peer)
+        between = shared(stack)  # first: they fork, and some of the others have threads
         others = peers.enter_all(stack, peer, options)
-        candidates += [*subjects, *stack.enter_context(peers.lifo_queue(peer)), *others, *shared(stack)]
+        candidates += [*subjects, *stack.enter_context(peers.lifo_queue(peer)), *others, *between]
         table = interleave(candidates, rounds=options.pick(40, 200), slice_ms=options.pick(1.0, 2.0))
     table.show(options, GUARD)
     return [] if options.floors_only else budget(table, [other.name for other in others])

@@ -43,9 +43,9 @@ class Measure(NamedTuple):
 
 MEASURES = (
     Measure("rate", "throughput", "{:,.0f} a second", more=True),
-    Measure("p50", "median wait", "{:,.0f} us", more=False),
-    Measure("p99", "p99 wait", "{:,.0f} us", more=False),
-    Measure("p999", "p99.9 wait", "{:,.0f} us", more=False),
+    Measure("p50", "median wait", "{:,.1f} us", more=False),
+    Measure("p99", "p99 wait", "{:,.1f} us", more=False),
+    Measure("p999", "p99.9 wait", "{:,.1f} us", more=False),
     Measure("fairness", "slowest / fastest worker", "{:.2f}", more=True),
 )
 
@@ -106,24 +106,24 @@ def roundtrip(result: Result) -> Iterator[str]:
 def grid(result: Result) -> Iterator[str]:
     """The pool in each cell, and who of the others has the best throughput there, and the shortest p99."""
     yield from head(
-        "processes, connections, hold", "leases a second", "of the maximum", "p50 / p99 / p99.9 / max, us",
-        "slowest / fastest", "most of the others", "their shortest p99",
+        "processes", "connections", "hold, us", "leases a second", "of the maximum", "p50 / p99 / p99.9 / max, us",
+        "slowest / fastest", "most of the others", "their shortest p99, us",
     )  # fmt: skip
     for cell in cells(result):
         ours, others = contenders(cell)
         if ours is None:
             continue
-        waits = " / ".join(f"{ours[what]['median']:,.0f}" for what in ("p50", "p99", "p999", "longest"))
+        waits = " / ".join(us_text(ours[what]) for what in ("p50", "p99", "p999", "longest"))
         most = max(others, key=lambda other: float(other["rate"]["median"]))
         soonest = min(others, key=lambda other: float(other["p99"]["median"]))
         yield row(
-            f"{cell['processes']}, {cell['connections']}, {cell['hold_us']} us",
+            *(str(cell[what]) for what in ("processes", "connections", "hold_us")),
             f"{ours['rate']['median']:,.0f}",
             f"{ours['of_maximum']['median']:.0%}",
             waits,
             f"{ours['fairness']['median']:.2f}",
             f"{most['of_maximum']['median']:.0%}, {most['name']}",
-            f"{soonest['p99']['median']:,.0f} us, {soonest['name']}",
+            f"{us_text(soonest['p99'])}, {soonest['name']}",
         )
 
 
@@ -170,6 +170,10 @@ def contenders(cell: dict[str, Any]) -> tuple[dict[str, Any] | None, list[dict[s
     by_name = {each["name"]: each for each in cell["contenders"]}
     others = [each for name, each in by_name.items() if name not in (Pooled.name, Unguarded.name)]
     return by_name.get(Pooled.name), others
+
+
+def us_text(spread: dict[str, float]) -> str:
+    return f"{spread['median']:,.{1 if spread['median'] < 9.95 else 0}f}"
 
 
 def spread_text(spread: dict[str, float], digits: int, unit: str = "") -> str:

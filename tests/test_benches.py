@@ -18,7 +18,7 @@ import fastjsonschema
 import pytest
 
 from benches import report, results
-from benches.__main__ import NAMES
+from benches.__main__ import NAMES, main
 from benches.permits import Pooled, Unguarded
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def test_a_run_writes_a_result_and_draws_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "result.json"
     done = run("--quick", "roundtrip", "grid", "--json", str(path))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     result = results.read(path)
     VALID(result)
     assert (result["quick"], result["benches"]) == (True, ["roundtrip", "grid"])
@@ -76,10 +76,14 @@ def test_a_run_without_matplotlib_goes_on(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_a_place_that_cannot_be_written_to_is_told_before_the_run(tmp_path: Path) -> None:
-    done = run("--json", str(tmp_path / "none" / "result.json"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"nothing can be written in {tmp_path / 'none'}; choose another place with --json FILE" in done.stderr
+def test_a_place_that_cannot_be_written_to_is_told_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--json", str(tmp_path / "none" / "result.json")])
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"nothing can be written in {tmp_path / 'none'}; choose another place with --json FILE" in said.err
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -95,24 +99,29 @@ def test_a_place_that_cannot_be_written_to_is_told_before_the_run(tmp_path: Path
         (None, "No such file or directory: "),
     ],
 )
-def test_files_that_are_no_results(flag: str, text: str | None, why: str, tmp_path: Path) -> None:
+def test_files_that_are_no_results(
+    flag: str, text: str | None, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "file.json"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    done = run(flag, str(path))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("benches: ")
-    assert str(path) in done.stderr
-    assert why in done.stderr
+    assert main([flag, str(path)]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("benches: ")
+    assert str(path) in said.err
+    assert why in said.err
 
 
 @pytest.mark.parametrize("change", [{"quick": True}, {"floors_only": True}, {"benches": ["roundtrip"]}])
-def test_only_a_whole_run_becomes_the_reference(change: dict[str, Any], tmp_path: Path) -> None:
+def test_only_a_whole_run_becomes_the_reference(
+    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "part.json"
     results.write({**REFERENCE, **change}, path)
-    done = run("--install", str(path))
+    assert main(["--install", str(path)]) == 1
     said = f"benches: {path} is not of a whole run; make one with python -m benches, without names or flags\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+    assert capsys.readouterr() == ("", said)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -194,6 +203,19 @@ def test_what_is_better_than_the_pool_is_told() -> None:
 def test_the_readme_has_every_bench() -> None:
     told = re.findall(r"^\| `(\w+)` \| ", README[README.index("## What each measures") :], re.MULTILINE)
     assert sorted(told) == sorted(NAMES)
+
+
+def test_the_readme_has_every_peer() -> None:
+    """Under its name, or under what its names begin with."""
+    text = README[README.index("## The peers") : README.index("## What each measures")]
+    told = tuple(re.findall(r"^\| `([^`]+)` \| ", text, re.MULTILINE))
+    table = results.candidates(REFERENCE)
+    assert table is not None
+    found = {row["name"] for row in table["rows"] if row["group"] in ("for one process", "for several processes")}
+    found |= {each["name"] for cell in results.cells(REFERENCE) for each in cell["contenders"]}
+    found -= {Pooled.name, Unguarded.name}
+    assert sorted(name for name in found if not name.startswith(told)) == []
+    assert sorted(name for name in told if not any(each.startswith(name) for each in found)) == []
 
 
 # The picture --------------------------------------------------------------------------------------------------------
