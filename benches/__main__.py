@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if unknown := set(chosen.names) - set(NAMES):
         parser.error(f"no such bench: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    if chosen.json.suffix == ".svg":
+        parser.error(f"{chosen.json} is the picture's name; choose one that ends otherwise for --json FILE")
     if not os.access(chosen.json.parent, os.W_OK):
         parser.error(f"nothing can be written in {chosen.json.parent}; choose another place with --json FILE")
     options = Options(quick=chosen.quick, floors_only=chosen.floors)

@@ -72,12 +72,12 @@ def ours(stack: contextlib.ExitStack, peer: Peer) -> list[Candidate]:
     usual, unseen = pool(), pool(stats=False)
     return [
         Candidate(WARM, loop("with pool.get() as c: c.socket", pool=usual)),
+        Candidate(WARM + UNSEEN, loop("with pool.get() as c: c.socket", pool=unseen)),
         Candidate("shmpool with get() as c: pass", loop("with pool.get() as c: pass", pool=usual)),
         Candidate(BARE, loop("c = pool.get()\nc.release()", pool=usual)),
+        Candidate(BARE + UNSEEN, loop("c = pool.get()\nc.release()", pool=unseen)),
         Candidate("shmpool try_get/release", loop("c = pool.try_get()\nc.release()", pool=usual)),
         Candidate("shmpool with get_tcp()", loop("with pool.get_tcp() as c: c.socket", pool=usual)),
-        Candidate(WARM + UNSEEN, loop("with pool.get() as c: c.socket", pool=unseen)),
-        Candidate(BARE + UNSEEN, loop("c = pool.get()\nc.release()", pool=unseen)),
         Candidate(LOOKING, loop("with pool.get() as c: c.socket", pool=pool(alive_bypass=0.0))),
         Candidate(
             WARM + ", two hooks",

@@ -1,8 +1,8 @@
 """A result in words: the tables of README.md that are made from the reference, and never written by hand.
 
 A block of README.md begins with `<!-- reference: NAME -->` and ends with `<!-- end -->`; `refreshed()` puts into each
-what `blocks()` makes of the result. What is said to be better than the pool is so beyond the spreads: the worst of its
-turns is better than the pool's best.
+what `blocks()` makes of the result. What is said of a cell to be better than the pool is so beyond the spreads: the
+worst of its turns is better than the pool's best.
 
 Not here: the picture (`plot`), the file (`results`).
 """
@@ -19,6 +19,7 @@ from benches.permits import Pooled, Unguarded
 from benches.results import Result, candidates, cells
 
 README = Path(__file__).with_name("README.md")
+IDLE_LOAD = 1.0  # at most, of a machine that does nothing else
 OURS = ("shmpool get/release", "shmpool with get() as c: c.socket")
 
 
@@ -75,10 +76,10 @@ def refreshed(readme: str, result: Result) -> str:
 def machine(result: Result) -> Iterator[str]:
     of = result["machine"]
     peers = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
-    quick = " This was a run with `--quick`." if result["quick"] else ""
+    busy = " It had other work to do: the spreads are wide." if of["load"][0] > IDLE_LOAD else ""
     yield (
         f"{of['cores']} cores of {of['processor']} ({of['machine']}), Linux {of['kernel']}, {of['implementation']} "
-        f"{of['python']}, {of['at'][:10]}, load {of['load'][0]:.1f} at the start; {peers}.{quick}"
+        f"{of['python']}, {of['at'][:10]}, load {of['load'][0]:.1f} at the start; {peers}.{busy}"
     )
 
 

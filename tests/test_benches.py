@@ -84,6 +84,9 @@ def test_a_place_that_cannot_be_written_to_is_told_before_the_run(
     said = capsys.readouterr()
     assert said.out == ""
     assert f"nothing can be written in {tmp_path / 'none'}; choose another place with --json FILE" in said.err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--json", "result.svg"])
+    assert "result.svg is the picture's name; choose one that ends otherwise" in capsys.readouterr().err
 
 
 # Files --------------------------------------------------------------------------------------------------------------
