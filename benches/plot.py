@@ -144,12 +144,16 @@ def _draw_candidates(part: Any, rows: list[dict[str, Any]]) -> None:
 def _draw_grid(part: Any, drawn: list[dict[str, Any]]) -> None:
     holds, processes = (sorted({cell[what] for cell in drawn}) for what in ("hold_us", "processes"))
     _entitle(part, f"Many processes over {CONNECTIONS} connections", "medians; of shmpool all turns lie in the shade")
+    tops = {
+        measure: max(1.05, *(one[measure]["median"] for cell in drawn for one in cell["contenders"])) * 1.06
+        for measure, *_ in MEASURES
+    }
     grid = part.subplots(len(MEASURES), len(holds), sharex=True, sharey="row", squeeze=False)
     for column, hold in enumerate(holds):
         of_hold = sorted((cell for cell in drawn if cell["hold_us"] == hold), key=lambda cell: int(cell["processes"]))
         grid[0][column].set_title(f"held {time_text(hold / 1e6)}" if hold else "given back at once")
         for axes, (measure, label, unit) in zip(grid[:, column], MEASURES, strict=True):
-            _draw_measure(axes, of_hold, measure, unit)
+            _draw_measure(axes, of_hold, measure, unit, tops[measure])
             if column == 0:
                 axes.set_ylabel(label)
         grid[-1][column].set_xlabel("processes")
@@ -159,10 +163,10 @@ def _draw_grid(part: Any, drawn: list[dict[str, Any]]) -> None:
     part.legend(handles.values(), handles, loc="outside lower center", ncols=4, labelcolor=INK)
 
 
-def _draw_measure(axes: Axes, of_hold: list[dict[str, Any]], measure: str, unit: float) -> None:
+def _draw_measure(axes: Axes, of_hold: list[dict[str, Any]], measure: str, unit: float, top: float) -> None:
     axes.tick_params(which="both", length=0)
     if unit == 1.0:
-        axes.set_ylim(0.0, 1.12)
+        axes.set_ylim(0.0, top)
     else:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: time_text(seconds)))

@@ -76,7 +76,7 @@ def refreshed(readme: str, result: Result) -> str:
 def machine(result: Result) -> Iterator[str]:
     of = result["machine"]
     peers = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
-    busy = " It had other work to do: the spreads are wide." if of["load"][0] > IDLE_LOAD else ""
+    busy = " The machine had other work to do: the spreads are wide." if of["load"][0] > IDLE_LOAD else ""
     yield (
         f"{of['cores']} cores of {of['processor']} ({of['machine']}), Linux {of['kernel']}, {of['implementation']} "
         f"{of['python']}, {of['at'][:10]}, load {of['load'][0]:.1f} at the start; {peers}.{busy}"
