@@ -19,7 +19,7 @@ ENV := $(VENV)/.made$(SUFFIX)
 HAS := $(VENV)/.has-
 
 .PHONY: help demo test check servers sanitize bench bench-reference bench-smoke build extension tools lint types clean \
-	verify-model verify-interleavings verify-crash verify-mutants verify-storm verify-hostile
+	verify-model verify-interleavings verify-crash verify-sanitize verify-mutants verify-storm verify-hostile
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -44,7 +44,8 @@ sanitize: $(HAS)test $(EXTENSION) ## run the C core's tests under the sanitizers
 # The long forms of what the checks do; docs/verification.md says what each proves. SECONDS: for each scenario.
 
 SECONDS ?= 60
-LONG := SHMPOOL_TEST_LONG=1 $(BIN)/python -m pytest -q -n auto
+LONG := SHMPOOL_TEST_LONG=1 SHMPOOL_TEST_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -n auto --timeout 0
+DEBUG_PYTHON ?= python3-dbg
 
 verify-model: $(HAS)test $(EXTENSION) ## search the model of the protocols with spin, at length
 	$(LONG) tests/test_model.py
@@ -52,14 +53,20 @@ verify-model: $(HAS)test $(EXTENSION) ## search the model of the protocols with 
 verify-interleavings: $(HAS)test $(EXTENSION) ## every order of steps of the core, in plain and weak memory, SECONDS a scenario (60)
 	SHMPOOL_INTERLEAVE_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -n auto tests/test_core.py -k 'order_of_steps or weaker_order'
 
-verify-crash: $(HAS)test $(EXTENSION) ## the core ended, stopped and killed at every step and every instruction
-	$(BIN)/python -m pytest -q -n auto tests/test_core.py -k 'crash or killed_after'
+verify-crash: $(HAS)test $(EXTENSION) ## ended, stopped, killed at every step, instruction, system call; recoveries too
+	$(LONG) tests/test_core.py tests/test_system_calls.py -k '(crash or killed or system_calls) and not mutant'
+
+verify-sanitize: sanitize ## the sanitizers; and all tests on a debug build of Python and of the core (python3-dbg)
+	@command -v $(DEBUG_PYTHON) > /dev/null || { echo "$(DEBUG_PYTHON) is missing: Debian has it as python3-dbg," \
+	"with python3-venv and libpython3-dev; or give DEBUG_PYTHON=" >&2; exit 1; }
+	$(MAKE) test PYTHON=$(DEBUG_PYTHON) VENV=.venv-debug
 
 verify-mutants: $(HAS)test $(EXTENSION) ## every fault that is kept for the core, each of which must be found
 	$(BIN)/python -m pytest -q -n auto tests/test_core.py -k mutant
 
-verify-storm: $(HAS)test $(EXTENSION) ## long storms, days and outages over many processes
-	$(LONG) tests/test_storm.py tests/test_day.py tests/test_outage.py tests/test_join.py tests/test_join_matrix.py
+verify-storm: $(HAS)test $(EXTENSION) ## storms of SECONDS (60) each, days, outages, stories against a model
+	$(LONG) tests/test_storm.py tests/test_day.py tests/test_outage.py tests/test_reference.py tests/test_join.py \
+	  tests/test_join_matrix.py
 
 verify-hostile: $(HAS)test $(EXTENSION) ## 5 000 damaged slabs under sanitizers, 500 inspectors killed under load
 	$(LONG) tests/test_hostile.py
@@ -97,7 +104,7 @@ types: $(HAS)dev ## mypy strict and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean: ## remove what was built, and the environment
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache shmpool/*.so
+	rm -rf $(VENV) .venv-debug build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache shmpool/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. One stamp for it, one for each set of extras in it; another Python makes it anew.

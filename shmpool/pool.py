@@ -243,7 +243,7 @@ class Pool(_core.PoolBase):
     def _make_slab(self) -> None:
         config = self._config
         slots = _slots_for(config)
-        _reserve_descriptors(slots, config.max_connections)
+        _reserve_descriptors(slots, config)
         capacities = (config.max_connections, slots, config.max_workers, config.max_waiters)
         size, _, _ = _core.layout(*capacities[1:])
         slab_id = os.urandom(16)
@@ -325,7 +325,7 @@ class Pool(_core.PoolBase):
                 if not view.in_use() or not is_open:
                     raise PoolNotFound(name=self._name)
                 self._agree(theirs)
-                _reserve_descriptors(view.capacity(), self._config.max_connections)
+                _reserve_descriptors(view.capacity(), self._config)
                 problem = self._join_by(view, slab_id, its_path or path, patience)
                 if problem is None:
                     return
@@ -1120,7 +1120,7 @@ def _descriptors_open() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def _reserve_descriptors(slots: int, connections: int) -> None:
+def _reserve_descriptors(slots: int, config: PoolConfig) -> None:
     """Each process needs a mailbox and a copy for each slot: see that the limit allows it, raise the soft one."""
     in_use = _descriptors_open()
     needed = in_use + 2 * slots + SPARE_DESCRIPTORS
@@ -1130,10 +1130,11 @@ def _reserve_descriptors(slots: int, connections: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         remedy = (
             f"each process needs {needed} descriptors (two for each of {slots} slots, {in_use} open, "
-            f"{SPARE_DESCRIPTORS} spare), but the hard limit is {hard}; lower max_connections (or resize_limit) to "
+            f"{SPARE_DESCRIPTORS} spare), but the hard limit is {hard}; lower it to "
             f"{max(0, (hard - in_use - SPARE_DESCRIPTORS) // 2)} or raise the limit (ulimit -Hn, LimitNOFILE=)"
         )
-        raise InvalidConfig(field="max_connections", value=connections, remedy=remedy)
+        field = "max_connections" if config.resize_limit is None else "resize_limit"
+        raise InvalidConfig(field=field, value=getattr(config, field), remedy=remedy)
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 

@@ -638,7 +638,7 @@ def test_a_hard_limit_of_descriptors_that_is_too_low(server: ExclusiveServer) ->
         with pytest.raises(InvalidConfig) as caught:
             Pool(server.url, max_connections=500)
         assert len(descriptors()) == before
-        fitting = int(caught.value.remedy.partition("lower max_connections (or resize_limit) to ")[2].split()[0])
+        fitting = int(caught.value.remedy.partition("lower it to ")[2].split()[0])
         with Pool(server.url, max_connections=fitting) as pool, ExitStack() as stack:
             for _ in range(fitting):
                 stack.enter_context(pool.get())
