@@ -82,6 +82,33 @@ static uint32_t recover_one(struct pool *pool, int fd, uint32_t index)
     return freed;
 }
 
+/* ---- who to look at ---- */
+
+typedef uint64_t worker_set[(SHM_MAX_WORKERS + 64) / 64]; /* by worker number, from 1 on */
+
+static void note(worker_set set, uint32_t worker)
+{
+    if (worker <= SHM_MAX_WORKERS)
+        set[worker / 64] |= UINT64_C(1) << worker % 64;
+}
+
+/* Who has what a waiter could have, or stands in its way. Each look at a lock takes the kernel as long as there are workers; those who
+ * have nothing can wait for maintenance. */
+static void note_holders(struct pool *pool, worker_set set)
+{
+    struct slab *slab = &pool->slab;
+    uint64_t upstream = SHM_LOAD(hint, slab->header->upstream);
+    for (uint32_t slot = 0; slot < slab->layout.max_slots; slot++) {
+        uint64_t word = SHM_LOAD(hint, slab->slots[slot].word);
+        if (slot_state(word) != SLOT_IDLE || SHM_LOAD(row, slab->slots[slot].kind) & SHM_KIND_PRIVATE)
+            note(set, slot_owner(word));
+    }
+    for (uint32_t cell = 0; cell < slab->layout.max_waiters; cell++)
+        note(set, waiter_owner(SHM_LOAD(hint, slab->waiter_words[cell])));
+    if (upstream_state(upstream) == UPSTREAM_PROBING)
+        note(set, upstream_owner(upstream));
+}
+
 bool recovery_is_due(struct pool *pool)
 {
     return clock_coarse() - SHM_LOAD(hint, pool->slab.header->recovery_checked_ns) >= RECOVERY_INTERVAL_NS;
@@ -97,8 +124,14 @@ uint32_t recovery_run(struct pool *pool, bool now_please)
         return 0; /* a thread of ours is at it */
     pool_end_again(pool);
     uint32_t freed = 0;
+    worker_set holders = {0};
+    bool whoever = now_please || pool->slab.header->listening; /* one may have died with an event in its hands, and nothing else */
+    if (!whoever)
+        note_holders(pool, holders);
     int fd = atomic_load_explicit(&pool->seat->fd, memory_order_acquire);
     for (uint32_t index = 0; fd >= 0 && index < pool->slab.layout.max_workers; index++) {
+        if (!whoever && !(holders[(index + 1) / 64] >> (index + 1) % 64 & 1))
+            continue;
         freed += recover_one(pool, fd, index);
         if (freed && !now_please) { /* somebody waits for a slot, and each of the dead may cost a linger: use what there is first */
             SHM_STORE(hint, pool->slab.header->recovery_checked_ns, 0);

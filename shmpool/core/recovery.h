@@ -27,8 +27,8 @@ void recovery_sweep_own(struct pool *pool);
 uint32_t recovery_sweep(struct pool *pool, uint32_t dead);
 /* Has nobody looked for RECOVERY_INTERVAL_NS? */
 bool recovery_is_due(struct pool *pool);
-/* Look for dead workers and sweep them. Unless `now_please`, does nothing when somebody looked within RECOVERY_INTERVAL_NS, and
- * stops after the first of the dead that held something (the next call goes on).
+/* Look for dead workers and sweep them. Unless `now_please`, does nothing when somebody looked within RECOVERY_INTERVAL_NS, looks
+ * only at those who hold something that a waiter could have, and stops after the first of the dead that did (the next call goes on).
  * Returns how many slots became free. Blocks up to CONNECTION_LINGER_NS for each 64 connections of the dead. */
 uint32_t recovery_run(struct pool *pool, bool now_please);
 

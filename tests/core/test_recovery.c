@@ -11,11 +11,15 @@ static void begin(uint32_t slots)
     dead = play_join(pool);
 }
 
+static bool briefly; /* as one looks who waits */
+
 static uint32_t recover(void)
 {
     play_die(dead);
-    uint32_t freed = recovery_run(pool, true);
+    atomic_store(&pool->slab.header->recovery_checked_ns, 0);
+    uint32_t freed = recovery_run(pool, !briefly), recoveries = (uint32_t)play_total(pool, SHM_T_recoveries);
     CHECK_EQ(recovery_run(pool, true), 0); /* twice is once */
+    CHECK_EQ(play_total(pool, SHM_T_recoveries), recoveries); /* nobody was passed over */
     return freed;
 }
 
@@ -48,6 +52,44 @@ static void nothing(void)
     begin(2);
     CHECK_EQ(recover(), 0);
     CHECK_EQ(play_total(pool, SHM_T_recoveries), 1);
+    end();
+}
+
+/* Who has nothing is in nobody's way, and is not looked at. */
+static void nothing_briefly(void)
+{
+    begin(2);
+    int peer;
+    struct pool_claim claim = leased(&peer);
+    CHECK_EQ(play_release(dead, &claim), RELEASED);
+    play_die(dead);
+    atomic_store(&pool->slab.header->recovery_checked_ns, 0);
+    CHECK_EQ(recovery_run(pool, false), 0);
+    CHECK_EQ(play_total(pool, SHM_T_recoveries), 0);
+    CHECK_EQ(recovery_run(pool, true), 0);
+    CHECK_EQ(play_total(pool, SHM_T_recoveries), 1);
+    close(peer);
+    end();
+}
+
+static void listens(void)
+{
+    begin(2);
+    pool->slab.header->listening = 1;
+    briefly = true;
+    CHECK_EQ(recover(), 0);
+    briefly = false;
+    pool->slab.header->listening = 0;
+    end();
+}
+
+static void prober(void)
+{
+    begin(1);
+    atomic_store(&pool->slab.header->upstream, UPSTREAM_PROBING | (uint64_t)dead->worker << UPSTREAM_OWNER_SHIFT);
+    CHECK_EQ(recover(), 0);
+    CHECK(upstream_state(atomic_load(&pool->slab.header->upstream)) != UPSTREAM_PROBING);
+    atomic_store(&pool->slab.header->upstream, 0);
     end();
 }
 
@@ -294,13 +336,20 @@ static void threads(void)
 int main(void)
 {
     RUN(nothing);
-    RUN(lease);
-    RUN(dialing);
-    RUN(retiring_and_checking);
-    RUN(offered);
+    RUN(nothing_briefly);
+    RUN(listens);
+    for (int way = 0; way < 2; way++) {
+        briefly = way;
+        RUN(lease);
+        RUN(dialing);
+        RUN(retiring_and_checking);
+        RUN(offered);
+        RUN(idle_private);
+        RUN(waiters);
+        RUN(prober);
+    }
+    briefly = false;
     RUN(idle);
-    RUN(idle_private);
-    RUN(waiters);
     RUN(damaged_words);
     RUN(many);
     RUN(swept_by_newcomer);
