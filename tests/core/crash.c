@@ -213,9 +213,14 @@ static void has_private(void)
 static void act_take(void) { mine = play_lease(pool); }
 static void act_dial_and_abandon(void)
 {
+    int ends[2];
     CHECK(pool_take_empty(pool, &mine));
-    pool_name_connection(pool, &mine);
+    uint64_t id = pool_name_connection(pool, &mine);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+    CHECK_EQ(mailbox_deposit(pool->mailboxes[mine.slot], pool->slab.header->id, mine.slot, id, ends[0], NULL, 0), 0);
     pool_abandon(pool, &mine);
+    close(ends[0]);
+    close(ends[1]);
 }
 static void act_take_dead_or_alive(void) { play_try(pool, &mine); }
 static void act_release(void) { CHECK_EQ(play_release(pool, &mine), RELEASED); }
@@ -612,6 +617,15 @@ static void check_whole(void)
     CHECK_EQ(play_count(pool, SLOT_EMPTY), SLOTS);
 }
 
+/* Whoever has died, and wherever: the mailbox of an empty slot has no letter. */
+static void check_mailboxes(void)
+{
+    char byte;
+    for (uint32_t i = 0; i < SLOTS; i++)
+        if (play_state(pool, i) == SLOT_EMPTY)
+            CHECK(recv(pool->mailboxes[i], &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN);
+}
+
 /* A sum over all that recovery reads: equal sums, equal recoveries. */
 static uint64_t fingerprint(void)
 {
@@ -684,6 +698,7 @@ static unsigned end_at_each_step(void)
         begin(HOUR_NS);
         int by = k % 2 ? 0 : SIGKILL, status = child(operation->begin, operation->act, k, by, NULL);
         check_status(k, status);
+        check_mailboxes();
         bool fresh = !was_done(status) && is_new(fingerprint());
         check_whole();
         finish();

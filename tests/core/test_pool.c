@@ -1,4 +1,5 @@
 /* test_pool.c: the order of a get, the ends of leases and connections, closing, joining by a set that was sent. */
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/resource.h>
@@ -41,6 +42,14 @@ static bool at_end(int fd)
     return recv(fd, &byte, 1, MSG_DONTWAIT) == 0;
 }
 
+/* The number that the next descriptor gets. */
+static int next_descriptor(void)
+{
+    int next = dup(0);
+    close(next);
+    return next;
+}
+
 /* ---- the order ---- */
 
 static void order_of_a_get(void)
@@ -79,6 +88,8 @@ static void kinds(void)
     back(pool, udp);
     CHECK_EQ(play_take(other, 1u << 3, NULL, &claim), TAKEN_LEASED);
     CHECK_EQ(claim.slot, udp.slot);
+    atomic_store(&pool->slab.header->recovery_checked_ns, 0);
+    CHECK_EQ(pool_take(other, 1u << 3, NULL, &tcp), TAKEN_RECOVER); /* before anything that lives is ended */
     CHECK_EQ(play_take(other, 1u << 3, NULL, &tcp), TAKEN_EVICTED); /* the permit of another kind's idle connection */
     play_retire(other, &tcp, SHM_T_closed_evicted);
     CHECK_EQ(play_take(other, 1u << 3, NULL, &tcp), TAKEN_DIAL);
@@ -280,6 +291,75 @@ static void no_descriptor_to_end_with(void)
     end();
 }
 
+/* All but the spare descriptor are in use: it is given up for the letter, and taken again. */
+static void ended_with_the_spare_descriptor(void)
+{
+    begin(1, 1);
+    struct rlimit limit, full;
+    int peer;
+    back(pool, dial(pool, 0, 0, &peer));
+    struct pool_claim claim = {.slot = 0, .word = play_word(pool, 0)};
+    CHECK(pool_condemn(pool, &claim));
+    int next = next_descriptor();
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    full = (struct rlimit){(rlim_t)next, limit.rlim_max};
+    CHECK(setrlimit(RLIMIT_NOFILE, &full) == 0);
+    pool_end(pool, &claim, NULL, 1, CONNECTION_LINGER_NS);
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    CHECK(at_end(peer));
+    CHECK(fcntl(atomic_load(&pool->spare_fd), F_GETFD) == FD_CLOEXEC);
+    CHECK_EQ(next_descriptor(), next);
+    pool_empty(pool, &claim, SHM_T_closed_evicted);
+    CHECK_EQ(play_state(pool, 0), SLOT_EMPTY);
+    close(peer);
+    end();
+}
+
+/* Who ends a connection by its letter keeps no copy of it. */
+static void ended_by_the_letter(void)
+{
+    begin(1, 1);
+    back(pool, dial(pool, 0, 0, NULL));
+    struct pool_claim claim = {.slot = 0, .word = play_word(pool, 0)};
+    int next = next_descriptor();
+    CHECK(pool_condemn(other, &claim));
+    pool_end(other, &claim, NULL, 1, CONNECTION_LINGER_NS);
+    CHECK_EQ(next_descriptor(), next);
+    pool_empty(other, &claim, SHM_T_closed_evicted);
+    end();
+}
+
+/* A dial fails after its letter was put into the mailbox: the connection is ended, and nobody keeps a copy of it. */
+static void abandoned_with_a_letter(void)
+{
+    begin(1, 1);
+    struct pool_claim claim;
+    int ends[2];
+    CHECK(pool_take_empty(pool, &claim));
+    uint64_t id = pool_name_connection(pool, &claim);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+    CHECK_EQ(mailbox_deposit(pool->mailboxes[0], pool->slab.header->id, 0, id, ends[0], NULL, 0), 0);
+    int next = next_descriptor();
+    pool_abandon(pool, &claim);
+    CHECK_EQ(next_descriptor(), next);
+    CHECK(at_end(ends[1])); /* though ends[0] is open */
+    close(ends[0]);
+    close(ends[1]);
+    end();
+}
+
+/* A letter that should not be there does not stand before that of the next connection. */
+static void dialled_over_a_letter(void)
+{
+    begin(1, 1);
+    CHECK_EQ(mailbox_deposit(pool->mailboxes[0], pool->slab.header->id, 0, 0, 0, NULL, 0), 0);
+    back(pool, dial(pool, 0, 0, NULL));
+    struct pool_claim claim = play_lease(other);
+    CHECK(play_fetch(other, &claim) >= 0);
+    back(other, claim);
+    end();
+}
+
 static void private_connections(void)
 {
     begin(1, 1);
@@ -330,7 +410,10 @@ static void rows(void)
     CHECK(pool_condemn(pool, &claim));
     play_retire(pool, &claim, SHM_T_closed_lifetime);
     CHECK(row->connection == 0 && row->kind == 0 && row->private_owner == 0);
+    row->uses = 9; /* of the one before */
+    row->checked_ns = 0;
     claim = play_lease(pool);
+    CHECK(row->uses == 0 && row->checked_ns == row->last_used_ns);
     CHECK(row->connection > first); /* never the same id again */
     back(pool, claim);
     CHECK(pool_take_empty(pool, &claim) == false);
@@ -483,6 +566,22 @@ static void alone_or_not(void)
     end();
 }
 
+/* Somebody finds out whether the server is there: who waits for that ends nothing meanwhile, as there is an empty slot. */
+static void unproved(void)
+{
+    struct waiter_place place = {0};
+    struct pool_claim claim, held;
+    begin(2, 1);
+    back(pool, dial(pool, 0, 0, NULL));
+    upstream_suspect(&pool->slab);
+    CHECK_EQ(pool_take_dial(pool, true, &held), TAKEN_DIAL);
+    upstream_untried(&pool->slab, held.upstream, clock_now() + 1000 * PLAY_MS);
+    pool_abandon(pool, &held);
+    CHECK_EQ(play_take(other, 1u << 3, &place, &claim), TAKEN_NOTHING);
+    upstream_proved(&pool->slab);
+    end();
+}
+
 /* While the server is down nobody dials; who waits and has something to wait for waits. */
 static void down(void)
 {
@@ -494,12 +593,19 @@ static void down(void)
     CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &claim), TAKEN_DOWN);
     CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_DOWN);
     CHECK_EQ(pool_take_dial(other, true, &claim), TAKEN_DOWN);
+    atomic_store(&pool->slab.header->recovery_checked_ns, 0);
+    CHECK_EQ(pool_take(other, PLAY_ANY, NULL, &claim), TAKEN_RECOVER); /* the dead may hold what is there */
     CHECK_EQ(play_count(pool, SLOT_EMPTY), 2);
     held = dial(pool, 0, 0, NULL); /* one that began before */
     upstream_failed(&pool->slab, UPSTREAM_UP, clock_now(), &pool->options.backoff, 0, "refused");
     CHECK_EQ(play_take(other, PLAY_ANY, NULL, &claim), TAKEN_DOWN);
     CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_NOTHING);
+    CHECK(waiter_enter(&other->slab, &place, other->worker, PLAY_ANY, 1, 1));
     back(pool, held);
+    struct waiter_place later = {0};
+    CHECK_EQ(play_state(pool, held.slot), SLOT_OFFERED);
+    CHECK_EQ(play_take(pool, PLAY_ANY, &later, &claim), TAKEN_NOTHING); /* an offer may be given back */
+    pool_return_promise(other, waiter_leave(&other->slab, &place));
     CHECK_EQ(play_take(other, PLAY_ANY, &place, &claim), TAKEN_LEASED); /* what is there is had all the same */
     back(other, claim);
     upstream_proved(&pool->slab);
@@ -1267,6 +1373,12 @@ static void attached_without_a_place(void)
     int before = sets_open_descriptors();
     CHECK_EQ(refused(set_of(pool), &why), POOL_NO_WORKER);
     CHECK_EQ(sets_open_descriptors(), before);
+    other = play_attach(pool);
+    before = sets_open_descriptors();
+    for (int i = 0; i < 2; i++) /* and not the second time either */
+        CHECK_EQ(pool_join(other), POOL_NO_WORKER);
+    CHECK_EQ(sets_open_descriptors(), before);
+    play_end(other);
     play_leave(pool);
 }
 
@@ -1293,6 +1405,10 @@ int main(void)
     RUN(kinds_after_a_resize);
     RUN(times_of_leases);
     RUN(no_descriptor_to_end_with);
+    RUN(ended_with_the_spare_descriptor);
+    RUN(ended_by_the_letter);
+    RUN(abandoned_with_a_letter);
+    RUN(dialled_over_a_letter);
     RUN(stale_releases);
     RUN(released_by_two_threads);
     RUN(shared_by_letter);
@@ -1306,6 +1422,7 @@ int main(void)
     RUN(dials_with_a_caller_are_not);
     RUN(dials_for_other_kinds_are_not);
     RUN(alone_or_not);
+    RUN(unproved);
     RUN(down);
     RUN(checks);
     RUN(checks_of_private_connections);

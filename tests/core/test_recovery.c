@@ -1,5 +1,6 @@
 /* test_recovery.c: what the dead held, state by state; once, twice, and by several at a time. */
 #include <pthread.h>
+#include <sys/wait.h>
 
 #include "play.h"
 
@@ -333,6 +334,40 @@ static void threads(void)
     end();
 }
 
+/* The pool was made smaller: what the dead held beyond the cap is swept all the same. */
+static void beyond_the_cap(void)
+{
+    begin(3);
+    for (int i = 0; i < 3; i++)
+        leased(NULL);
+    steering_resize(&pool->slab, 1);
+    CHECK_EQ(recover(), 3);
+    CHECK_EQ(play_count(pool, SLOT_EMPTY), 3);
+    end();
+}
+
+/* A child of a process that swept this moment sweeps too: its parent's thread is not in it. */
+static void child_of_a_sweeper(void)
+{
+    int status;
+    begin(1);
+    leased(NULL);
+    play_die(dead);
+    atomic_store(&pool->recovering, true);
+    fflush(stdout);
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (!child) {
+        CHECK_EQ(pool_join(pool), POOL_OK);
+        CHECK_EQ(recovery_run(pool, true), 1);
+        pool_leave(pool);
+        _exit(0);
+    }
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    atomic_store(&pool->recovering, false);
+    end();
+}
+
 int main(void)
 {
     RUN(nothing);
@@ -356,4 +391,6 @@ int main(void)
     RUN(one_at_a_time);
     RUN(interval);
     RUN(threads);
+    RUN(beyond_the_cap);
+    RUN(child_of_a_sweeper);
 }

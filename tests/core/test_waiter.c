@@ -75,6 +75,10 @@ static void order(void)
         struct waiter_seen seen;
         CHECK(waiter_first(&pool->slab, 1, &seen));
         CHECK_EQ(seen.cell, places[i].cell);
+        CHECK(!woken(&places[i]));
+        waiter_wake_first(&pool->slab, 1);
+        CHECK(woken(&places[i]));
+        waiter_prepare(&pool->slab, &places[i]);
         waiter_leave(&pool->slab, &places[i]);
     }
     struct waiter_seen seen;
@@ -214,6 +218,50 @@ static void offered_and_claimed(void)
     end();
 }
 
+/* A promise names any slot there is. */
+static void offered_from_far(void)
+{
+    enum { SLOTS = 70 };
+    static struct pool_claim claims[SLOTS];
+    struct pool_claim got;
+    struct waiter_place place;
+    begin(SLOTS, 4);
+    for (int i = 0; i < SLOTS; i++)
+        claims[i] = held();
+    enter(&place, other, PLAY_ANY, 1);
+    for (int i = 0; i < SLOTS; i++)
+        if (claims[i].slot == SLOTS - 1)
+            CHECK_EQ(play_release(pool, &claims[i]), RELEASED);
+    CHECK_EQ(waiter_promised(&pool->slab, &place), SLOTS - 1);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &got), TAKEN_LEASED);
+    CHECK_EQ(got.source, SOURCE_OFFER);
+    waiter_leave(&pool->slab, &place);
+    CHECK_EQ(play_release(other, &got), RELEASED);
+    for (int i = 0; i < SLOTS; i++)
+        if (claims[i].slot != SLOTS - 1)
+            CHECK_EQ(play_release(pool, &claims[i]), RELEASED);
+    end();
+}
+
+/* A promise that was not kept: the slot is offered, but to another. */
+static void offered_to_another(void)
+{
+    begin(1, 4);
+    struct pool_claim claim = held(), got;
+    struct waiter_place place, in_vain;
+    enter(&place, other, PLAY_ANY, 1);
+    enter(&in_vain, pool, PLAY_ANY, 1);
+    CHECK_EQ(play_release(pool, &claim), RELEASED);
+    atomic_store(&pool->slab.waiter_words[in_vain.cell], (word_of(&in_vain) & ~UINT64_C(3)) | WAITER_MATCHED);
+    CHECK_EQ(waiter_promised(&pool->slab, &in_vain), 0);
+    CHECK_EQ(play_take(pool, PLAY_ANY, &in_vain, &got), TAKEN_NOTHING);
+    CHECK_EQ(play_take(other, PLAY_ANY, &place, &got), TAKEN_LEASED);
+    waiter_leave(&pool->slab, &place);
+    pool_return_promise(pool, waiter_leave(&pool->slab, &in_vain));
+    CHECK_EQ(play_release(other, &got), RELEASED);
+    end();
+}
+
 /* Waits briefly: woken, but a running process may be quicker. */
 static void woken_only(void)
 {
@@ -260,6 +308,8 @@ static void offer_expires(void)
     struct waiter_place place;
     enter(&place, other, PLAY_ANY, 1);
     CHECK_EQ(play_release(pool, &claim), RELEASED);
+    CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &got), TAKEN_NOTHING);
+    atomic_store(&pool->slab.slots[0].offered_ns, clock_now() + 1000 * PLAY_MS); /* made since we looked at the clock */
     CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &got), TAKEN_NOTHING);
     atomic_store(&pool->slab.slots[0].offered_ns, clock_now() - WAITER_OFFER_TTL_NS - 1);
     CHECK_EQ(play_take(pool, PLAY_ANY, NULL, &got), TAKEN_LEASED);
@@ -378,7 +428,7 @@ static void rematch(void)
     begin(1, 4);
     struct waiter_place place, later;
     struct waiter_seen seen;
-    enter(&place, other, PLAY_ANY, 1);
+    enter(&place, other, 0x15, 1);
     enter(&later, other, PLAY_ANY, 1);
     uint64_t waiting = word_of(&place);
     atomic_store(&pool->slab.waiter_words[place.cell], (waiting & ~UINT64_C(3)) | WAITER_MATCHED);
@@ -391,6 +441,26 @@ static void rematch(void)
     CHECK_EQ(word_of(&place), waiting);
     waiter_leave(&pool->slab, &place);
     waiter_leave(&pool->slab, &later);
+    end();
+}
+
+/* A place that was taken from its waiter (recovery took it for dead) is another's: told by the ticket, and by the owner. Whoever sleeps there is woken. */
+static void forgotten(void)
+{
+    begin(1, 1);
+    struct waiter_place place, next;
+    for (int i = 0; i < 2; i++) {
+        enter(&place, pool, 1, 1);
+        CHECK_EQ(waiter_forget(&pool->slab, pool->worker), 1);
+        CHECK(woken(&place));
+        if (i)
+            atomic_store(&pool->slab.header->next_ticket, place.ticket);
+        enter(&next, i ? other : pool, 1, 1);
+        CHECK_EQ(next.cell, place.cell);
+        waiter_leave(&pool->slab, &place);
+        CHECK_EQ(waiter_state(word_of(&next)), WAITER_WAITING);
+        waiter_leave(&pool->slab, &next);
+    }
     end();
 }
 
@@ -446,6 +516,8 @@ int main(void)
     RUN(summary_heals);
     RUN(damaged_words);
     RUN(offered_and_claimed);
+    RUN(offered_from_far);
+    RUN(offered_to_another);
     RUN(woken_only);
     RUN(promise_returned_by_leaver);
     RUN(offer_expires);
@@ -455,6 +527,7 @@ int main(void)
     RUN(lost_while_offering);
     RUN(patience);
     RUN(rematch);
+    RUN(forgotten);
     RUN(sleeps_and_wakes);
     RUN(futex);
 }
