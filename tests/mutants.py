@@ -1117,4 +1117,347 @@ MUTANTS = [
         "    (void)row; /*",
         "test_pool",
     ),
+    # what once nobody found
+    Mutant(
+        "who ends a connection by its letter keeps a copy",
+        "pool.c",
+        "        if (ours[i] >= 0)\n            close(ours[i]);",
+        "        if (ours[i] < 0)\n            close(ours[i]);",
+        "test_pool",
+    ),
+    Mutant(
+        "room for a letter is made, and nobody takes the spare descriptor again",
+        "pool.c",
+        '    spare = open("/dev/null", O_RDONLY | O_CLOEXEC);\n    if (spare >= 0 && ',
+        "    spare = -1;\n    if (spare >= 0 && ",
+        "test_pool",
+    ),
+    Mutant(
+        "the spare descriptor makes no room",
+        "pool.c",
+        "    if (spare > 0)\n        close(spare);\n    fd = mailbox_peek",
+        "    fd = mailbox_peek",
+        "test_pool",
+    ),
+    Mutant(
+        "what was fetched into the spare one's place stays open",
+        "pool.c",
+        "        connection_end(&fd, 1, linger_ns);\n        close(fd);\n    }\n    spare",
+        "        connection_end(&fd, 1, linger_ns);\n    }\n    spare",
+        "test_pool",
+    ),
+    Mutant(
+        "a dial that fails keeps a copy of its letter",
+        "pool.c",
+        "        connection_end(&fd, 1, CONNECTION_LINGER_NS);\n        close(fd);\n    }\n    mailbox_drain",
+        "        connection_end(&fd, 1, CONNECTION_LINGER_NS);\n    }\n    mailbox_drain",
+        "test_pool",
+    ),
+    Mutant(
+        "a dial that fails ends nothing",
+        "pool.c",
+        "        connection_end(&fd, 1, CONNECTION_LINGER_NS);\n        close(fd);\n    }\n    mailbox_drain",
+        "        close(fd);\n    }\n    mailbox_drain",
+        "test_pool",
+    ),
+    Mutant(
+        "a dial that fails leaves its letter",
+        "pool.c",
+        "    mailbox_drain(pool->mailboxes[claim->slot]);\n    make_empty(pool, claim);",
+        "    make_empty(pool, claim);",
+        "crash",
+        ("dial-and-abandon", "ended"),
+    ),
+    Mutant(
+        "a letter is taken away when the slot is somebody else's",
+        "pool.c",
+        "    mailbox_drain(pool->mailboxes[claim->slot]);\n    make_empty(pool, claim);",
+        "    make_empty(pool, claim);\n    mailbox_drain(pool->mailboxes[claim->slot]);",
+        "crash",
+        ("dial-and-abandon", "ended"),
+    ),
+    Mutant(
+        "an end leaves the letter",
+        "pool.c",
+        "    mailbox_drain(pool->mailboxes[claim->slot]);\n    if (was_there) {",
+        "    if (was_there) {",
+        "crash",
+        ("retire", "ended"),
+    ),
+    Mutant(
+        "a letter that was left stands before the next",
+        "pool.c",
+        "    mailbox_drain(pool->mailboxes[claim->slot]); /* empty by",
+        "    (void)pool; /* empty by",
+        "test_pool",
+    ),
+    Mutant(
+        "a new connection has the leases of the one before",
+        "pool.c",
+        "    SHM_STORE(row, row->uses, 0);\n",
+        "",
+        "test_pool",
+    ),
+    Mutant(
+        "a new connection was checked when the one before was",
+        "pool.c",
+        "    SHM_STORE(row, row->checked_ns, now);\n    SHM_STORE(row, row->uses",
+        "    SHM_STORE(row, row->uses",
+        "test_pool",
+    ),
+    Mutant(
+        "an offer of this moment has expired",
+        "pool.c",
+        "return now > since && now - since >",
+        "return now - since >",
+        "test_waiter",
+    ),
+    Mutant(
+        "an offer to another is taken for the promise",
+        "pool.c",
+        "return slot_state(word) == SLOT_OFFERED && slot_owner(word) == pool->worker &&\n",
+        "return slot_state(word) == SLOT_OFFERED &&\n",
+        "test_waiter",
+    ),
+    Mutant(
+        "recovery stops at the cap",
+        "recovery.c",
+        "for (uint32_t slot = 0; slot < pool->slab.layout.max_slots; slot++) {\n        if (states",
+        "for (uint32_t slot = 0; slot < steering_cap(&pool->slab); slot++) {\n        if (states",
+        "test_recovery",
+    ),
+    Mutant(
+        "a child of a process that sweeps never sweeps",
+        "pool.c",
+        "    atomic_store_explicit(&pool->recovering, false, memory_order_relaxed);\n    if (!desc",
+        "    if (!desc",
+        "test_recovery",
+    ),
+    Mutant(
+        "who finds no place keeps the seat",
+        "pool.c",
+        "    seat_close(pool->seat);\n    return POOL_NO_WORKER;",
+        "    return POOL_NO_WORKER;",
+        "test_pool",
+    ),
+    Mutant(
+        "who finds no place is ready",
+        "pool.c",
+        "verdict == POOL_OK ? FORK_READY : FORK_WIPED);",
+        "FORK_READY);",
+        "test_pool",
+    ),
+    Mutant(
+        "the server is down, and nobody looks for the dead",
+        "pool.c",
+        "if ((taken == TAKEN_NOTHING || taken == TAKEN_DOWN) && recovery_is_due(pool))",
+        "if (taken == TAKEN_NOTHING && recovery_is_due(pool))",
+        "test_pool",
+    ),
+    Mutant(
+        "a connection ends before anybody looks for the dead",
+        "pool.c",
+        "    if ((taken == TAKEN_NOTHING || taken == TAKEN_DOWN) && recovery_is_due(pool))\n"
+        "        return TAKEN_RECOVER;",
+        "    if (taken == TAKEN_NOTHING && !(saw & SAW_OTHER) && recovery_is_due(pool))\n        return TAKEN_RECOVER;",
+        "test_pool",
+    ),
+    Mutant(
+        "a connection ends although a slot is empty",
+        "pool.c",
+        "(saw & SAW_OTHER) && !has_room && take_other",
+        "(saw & SAW_OTHER) && take_other",
+        "test_pool",
+    ),
+    Mutant(
+        "an offer is nothing that could come back",
+        "pool.c",
+        "*saw |= SAW_OFFER | SAW_BUSY;",
+        "*saw |= SAW_OFFER;",
+        "test_pool",
+    ),
+    Mutant(
+        "a promise names the first slots only",
+        "waiter.c",
+        "waiter_word(waiter_ticket(seen.word), slot, owner,",
+        "waiter_word(waiter_ticket(seen.word), slot & 63, owner,",
+        "test_waiter",
+    ),
+    Mutant(
+        "a wake-up goes to the first group, whoever stands there",
+        "waiter.c",
+        "            found = true;\n        }\n    }\n    return found;",
+        "            found = true;\n        }\n        if (found)\n            break;\n    }\n    return found;",
+        "test_waiter",
+    ),
+    Mutant(
+        "a place is told by its ticket alone",
+        "waiter.c",
+        "waiter_ticket(word) == place->ticket && waiter_owner(word) == place->owner &&",
+        "waiter_ticket(word) == place->ticket &&",
+        "test_waiter",
+    ),
+    Mutant(
+        "a place is told by its owner alone",
+        "waiter.c",
+        "waiter_ticket(word) == place->ticket && waiter_owner(word) == place->owner &&",
+        "waiter_owner(word) == place->owner &&",
+        "test_waiter",
+    ),
+    Mutant(
+        "whose place is taken from him sleeps on",
+        "waiter.c",
+        "                wake(slab, cell); /* a process",
+        "                (void)wake; /* a process",
+        "test_waiter",
+    ),
+    Mutant(
+        "who stands in the queue again takes any kind",
+        "waiter.c",
+        "waiter_word(place->ticket, 0, place->owner, place->mask, WAITER_WAITING);",
+        "waiter_word(place->ticket, 0, place->owner, WAITER_ANY_BUCKET, WAITER_WAITING);",
+        "test_waiter",
+    ),
+    Mutant(
+        "a group that filled meanwhile is listed again, and its sleepers sleep on",
+        "waiter.c",
+        "            wake(slab, cell); /* releasers",
+        "            (void)cell; /* releasers",
+        *_walk("summary-two", 20),
+    ),
+    Mutant(
+        "a wake-up before an offer goes on to the same kind only",
+        "waiter.c",
+        "!= matched)\n        waiter_wake_first(slab, WAITER_ANY_BUCKET);",
+        "!= matched)\n        waiter_wake_first(slab, waiter_mask(matched));",
+        "test_waiter",
+    ),
+    Mutant(
+        "who has a dial under way forgets it in the queue",
+        "waiter.c",
+        ".dialling = place->dialling, ",
+        "",
+        "test_waiter",
+    ),
+    Mutant(
+        "a dial whose connection is with its dialler is over",
+        "pool.h",
+        "return word == claim->word || word == slot_next(claim->word, slot_owner(claim->word), SLOT_LEASED);",
+        "return word == claim->word;",
+        "test_pool",
+    ),
+    Mutant(
+        "whoever looks for the dead does not end what could not be ended",
+        "recovery.c",
+        "    pool_end_again(pool);\n",
+        "",
+        "test_pool",
+    ),
+    Mutant(
+        "recovery keeps the index of one who left nothing",
+        "recovery.c",
+        "    byte_unlock(fd, index);\n    return freed;",
+        "    if (freed)\n        byte_unlock(fd, index);\n    return freed;",
+        "test_recovery",
+    ),
+    Mutant(
+        "recovery does not look again under the lock",
+        "recovery.c",
+        "    if (SHM_LOAD_ACQUIRE(worker, row->state) == SHM_WORKER_ACTIVE) { /* not",
+        "    { /* not",
+        *_walk("recover"),
+    ),
+    Mutant(
+        "a thread that waits for its process to join does not wait",
+        "pool.c",
+        "        if (phase >= FORK_READY)\n            return POOL_OK;",
+        "        if (phase >= FORK_CHANGING)\n            return POOL_OK;",
+        *_walk("join-threads"),
+    ),
+    Mutant(
+        "who leaves gives the lock back before the row",
+        "pool.c",
+        "    if (!pool_holds_any(pool)) /* else the row stays ACTIVE, and whoever comes sweeps it */\n"
+        "        SHM_STORE_RELEASE(worker, pool->row->state, SHM_WORKER_FREE);",
+        "    seat_close(pool->seat);\n"
+        "    if (!pool_holds_any(pool))\n"
+        "        SHM_STORE_RELEASE(worker, pool->row->state, SHM_WORKER_FREE);",
+        *_walk("leave-and-join"),
+    ),
+    Mutant(
+        "who leaves while it dials gives the row back",
+        "pool.c",
+        "    if (!pool_holds_any(pool)) /* else",
+        "    if (pool->row) /* else",
+        "test_pool",
+    ),
+    Mutant(
+        "a dial is not told what it was let through with",
+        "pool.c",
+        "    claim->upstream = seen;\n",
+        "",
+        "test_pool",
+    ),
+    Mutant(
+        "who waits leaves without a second try",
+        "waiter.c",
+        "        if (!SHM_CAS_SEQ(offer, slab->waiter_words[place->cell], &word, WAITER_FREE_WORD))\n"
+        "            continue;\n"
+        "        if (SHM",
+        "        if (!SHM_CAS_SEQ(offer, slab->waiter_words[place->cell], &word, WAITER_FREE_WORD))\n"
+        "            return -1;\n"
+        "        if (SHM",
+        *_walk("two-waiters-handover"),
+    ),
+    Mutant(
+        "a place in the queue is check, then store",
+        "waiter.c",
+        "if (word != WAITER_FREE_WORD || !SHM_CAS_SEQ(queue, slab->waiter_words[cell], &word, wanted))\n"
+        "            continue;",
+        "if (word != WAITER_FREE_WORD)\n"
+        "            continue;\n"
+        "        SHM_SWAP_SEQ(queue, slab->waiter_words[cell], wanted);",
+        *_walk("two-waiters"),
+    ),
+    Mutant(
+        "whose slot becomes empty is told before",
+        "pool.c",
+        "    if (!slot_move(row, &claim->word, SHM_NO_WORKER, SLOT_EMPTY))\n"
+        "        return;\n"
+        "    if (dial_failed) /* else it had not begun */\n"
+        "        pool_count_total(pool, SHM_T_dial_failures, 1);\n"
+        "    freelist_put(&pool->slab, SHM_EMPTY_LIST, claim->slot);\n"
+        "    if (SHM_LOAD_SEQ(queue, pool->slab.header->summary))\n"
+        "        waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);\n",
+        "    if (SHM_LOAD_SEQ(queue, pool->slab.header->summary))\n"
+        "        waiter_wake_first(&pool->slab, WAITER_ANY_BUCKET);\n"
+        "    if (!slot_move(row, &claim->word, SHM_NO_WORKER, SLOT_EMPTY))\n"
+        "        return;\n"
+        "    if (dial_failed) /* else it had not begun */\n"
+        "        pool_count_total(pool, SHM_T_dial_failures, 1);\n"
+        "    freelist_put(&pool->slab, SHM_EMPTY_LIST, claim->slot);\n",
+        *_walk("discard"),
+    ),
+    Mutant(
+        "recovery frees the row before it sweeps",
+        "recovery.c",
+        "        freed = recovery_sweep(pool, index + 1);",
+        "        SHM_STORE_RELEASE(worker, row->state, SHM_WORKER_FREE);\n"
+        "        freed = recovery_sweep(pool, index + 1);",
+        *_walk("newcomer"),
+    ),
+    Mutant(
+        "a mailbox loses one letter of several",
+        "mailbox.c",
+        "    while (receive(mailbox, 0, &letter, fds, &count, &cut) >= 0)",
+        "    if (receive(mailbox, 0, &letter, fds, &count, &cut) >= 0)",
+        "test_mailbox",
+    ),
+    Mutant(
+        "a seat is closed, whatever has its number by now",
+        "worker.c",
+        "if (fd >= 0 && fstat(fd, &status) == 0 && status.st_ino == seat->inode)",
+        "if (fd >= 0 && fstat(fd, &status) == 0)",
+        "test_worker",
+    ),
 ]

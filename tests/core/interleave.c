@@ -706,8 +706,8 @@ static void look_at_the_end(void)
         play_lease_all(checker);
     else if (!gone)
         CHECK_EQ(play_count(checker, SLOT_EMPTY), scenario->slots);
-    for (uint32_t index = 0; index < scenario->workers; index++) /* an index that nobody holds is free for all */
-        CHECK(lock_of[index] || atomic_load(&checker->slab.workers[index].state) == SHM_WORKER_FREE);
+    for (uint32_t index = 0; index < scenario->workers; index++) /* an index that nobody holds is free for all, and no other */
+        CHECK_EQ(atomic_load(&checker->slab.workers[index].state), lock_of[index] ? SHM_WORKER_ACTIVE : SHM_WORKER_FREE);
 }
 
 static void start(void)
@@ -1090,7 +1090,11 @@ static void body_read_events(void)
     }
 }
 
-static void body_join(void) { CHECK_EQ(pool_join(current->pool), POOL_OK); }
+static void body_join(void)
+{
+    CHECK_EQ(pool_join(current->pool), POOL_OK);
+    CHECK(pool_joined(current->pool)); /* also when a thread of the same process was at it */
+}
 /* Who finds a row ACTIVE that was FREE finds in it who that is. */
 static void body_look_at_workers(void)
 {
@@ -1182,6 +1186,15 @@ static void stale_summary(void)
     first_holds();
     atomic_store(&checker->slab.header->summary, 1);
 }
+
+static void stale_summary_of_two(void)
+{
+    first_two_hold();
+    atomic_store(&checker->slab.header->summary, 1);
+}
+
+/* A death is swept once; once more where a recoverer died in that. */
+static void deaths_are_counted_once(void) { CHECK(play_total(checker, SHM_T_recoveries) <= 1 + 2 * used.kills); }
 
 /* A worker that is no fiber of the run leased everything, and is dead. */
 static void dead_holder(void)
@@ -1325,6 +1338,13 @@ static void first_is_out(void)
     holder[fibers[0].claim.slot] = 0;
     pool_leave(fibers[0].pool);
 }
+/* The only place that is free is the first one's, once it has left. */
+static void second_is_out(void)
+{
+    fill();
+    pool_leave(fibers[1].pool);
+    CHECK_EQ(pool_join(play_attach(checker)), POOL_OK);
+}
 static void two_threads_are_out(void)
 {
     first_is_out();
@@ -1365,6 +1385,7 @@ static const struct scenario scenarios[] = {
     {"two-waiters", 2, 5, 4, 0, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, 0, 0},
     {"two-waiters-handover", 2, 5, 4, HANDOVER, first_two_hold, {body_give, body_give, body_get, body_get}, NULL, 0, 0},
     {"summary", 1, 4, 2, 0, stale_summary, {body_give, body_get}, NULL, 0, 0},
+    {"summary-two", 2, 5, 4, 0, stale_summary_of_two, {body_give, body_give, body_get, body_get}, NULL, 0, 0},
     {"offer-or-leave", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_briefly, body_lease}, NULL, 0, 0},
     {"twins", 1, 5, 3, HANDOVER, twins, {body_twin, body_twin, body_get}, one_twin_released, ONE_PROCESS, 0},
     {"twins-quiet", 1, 5, 3, 0, twins, {body_twin, body_twin, body_lease}, one_twin_released, ONE_PROCESS, 0},
@@ -1373,7 +1394,7 @@ static const struct scenario scenarios[] = {
     {"close-waiting", 1, 5, 3, HANDOVER, first_holds, {body_give, body_get_unless_closed, body_close}, NULL, CLOSES, 0},
     {"leave", 1, 4, 2, HANDOVER, all_idle, {body_leave, body_lease}, NULL, 0, 0},
     {"leave-under-sweep", 1, 5, 3, 0, sweep_and_leave, {body_recover, body_leave_now, body_recover_and_get}, NULL, ONE_PROCESS, 0},
-    {"recover", 1, 5, 2, 0, dead_holder, {body_recover, body_recover_and_get}, NULL, 0, 0},
+    {"recover", 1, 5, 2, 0, dead_holder, {body_recover, body_recover_and_get}, deaths_are_counted_once, 0, 0},
     {"recover-waiter", 2, 5, 3, HANDOVER, dead_waiter, {body_recover, body_recover_and_get, body_lease}, NULL, 0, 0},
     {"newcomer", 1, 2, 2, 0, dead_holder, {body_recover_and_lease, body_newcomer}, NULL, 0, 0},
     {"herd", 3, 5, 3, 0, nothing_open, {body_get, body_get, body_get}, NULL, 0, 0},
@@ -1406,6 +1427,7 @@ static const struct scenario scenarios[] = {
     {"last-permit", 3, 5, 4, 0, last_is_held, {body_open, body_open, body_end, body_shrink}, NULL, STEERS, 0},
     {"events", 1, 5, 3, 0, nothing_open, {body_note, body_note, body_read_events}, NULL, NOTES, 0},
     {"join", 1, 4, 2, HANDOVER, first_is_out, {body_join, body_look_at_workers}, NULL, 0, 0},
+    {"leave-and-join", 1, 2, 2, 0, second_is_out, {body_leave, body_newcomer}, NULL, 0, 0},
     {"join-threads", 1, 4, 2, 0, two_threads_are_out, {body_join, body_join_after}, NULL, ONE_PROCESS, 0},
     {"serve", 3, 4, 2, 0, listening, {body_end, body_serve}, clients_are_watched, 0, 1},
     {"serve-two", 3, 5, 3, 0, listening, {body_end, body_serve, body_serve}, clients_are_watched, 0, 1},

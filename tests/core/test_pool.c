@@ -282,7 +282,7 @@ static void no_descriptor_to_end_with(void)
     CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
     pool_end_again(pool); /* it is not its to end */
     CHECK_EQ(play_state(pool, 0), SLOT_RETIRING);
-    pool_end_again(other);
+    recovery_run(other, true); /* whoever looks for the dead tries again as well */
     CHECK_EQ(play_state(pool, 0), SLOT_EMPTY);
     CHECK(at_end(peer));
     CHECK_EQ(play_total(pool, SHM_T_closed_evicted), 1);
@@ -547,6 +547,21 @@ static void dials_for_other_kinds_are_not(void)
     end();
 }
 
+/* A dial goes on until its connection is had by somebody, or by nobody. */
+static void dials_go_on(void)
+{
+    begin(1, 1);
+    struct pool_claim claim;
+    CHECK(pool_take_empty(pool, &claim));
+    struct pool_claim begun = claim;
+    CHECK(pool_dial_goes_on(other, &begun));
+    CHECK(play_install(pool, &claim));
+    CHECK(pool_dial_goes_on(other, &begun));
+    back(pool, claim);
+    CHECK(!pool_dial_goes_on(other, &begun));
+    end();
+}
+
 /* Does anything else promise to come back? Then the dial may go on beside the wait. */
 static void alone_or_not(void)
 {
@@ -575,6 +590,7 @@ static void unproved(void)
     back(pool, dial(pool, 0, 0, NULL));
     upstream_suspect(&pool->slab);
     CHECK_EQ(pool_take_dial(pool, true, &held), TAKEN_DIAL);
+    CHECK_EQ(held.upstream, atomic_load(&pool->slab.header->upstream)); /* what the end of the dial is told to */
     upstream_untried(&pool->slab, held.upstream, clock_now() + 1000 * PLAY_MS);
     pool_abandon(pool, &held);
     CHECK_EQ(play_take(other, 1u << 3, &place, &claim), TAKEN_NOTHING);
@@ -873,6 +889,21 @@ static void a_silent_maintainer(void)
 }
 
 /* ---- leaving and closing ---- */
+
+/* A thread of the leaver dials, for longer than it is waited for: the row stays, and is swept like that of one who died. */
+static void leaving_a_dial(void)
+{
+    begin(1, 1);
+    struct pool_claim claim;
+    CHECK(pool_take_empty(other, &claim));
+    pool_leave(other);
+    play_check_workers(pool, 2);
+    CHECK_EQ(recovery_run(pool, true), 1);
+    CHECK_EQ(play_state(pool, 0), SLOT_EMPTY);
+    play_check_workers(pool, 1);
+    play_end(other);
+    play_leave(pool);
+}
 
 static void leaving(void)
 {
@@ -1421,6 +1452,7 @@ int main(void)
     RUN(dials_are_adopted);
     RUN(dials_with_a_caller_are_not);
     RUN(dials_for_other_kinds_are_not);
+    RUN(dials_go_on);
     RUN(alone_or_not);
     RUN(unproved);
     RUN(down);
@@ -1434,6 +1466,7 @@ int main(void)
     RUN(one_maintainer);
     RUN(a_silent_maintainer);
     RUN(leaving);
+    RUN(leaving_a_dial);
     RUN(closing);
     RUN(closing_takes_idle_and_offered);
     RUN(promise_returned_after_closing);

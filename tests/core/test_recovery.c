@@ -53,6 +53,7 @@ static void nothing(void)
     begin(2);
     CHECK_EQ(recover(), 0);
     CHECK_EQ(play_total(pool, SHM_T_recoveries), 1);
+    CHECK(!byte_is_locked(pool->slab_fd, dead->worker - 1)); /* its index is anybody's */
     end();
 }
 

@@ -42,8 +42,12 @@ static void words(void)
     CHECK_EQ(waiter_ticket(word), (1 << 27) - 1);
     CHECK_EQ(pool->slab.waiters[place.cell].tid, 7);
     CHECK_EQ(pool->slab.waiters[place.cell].since_ns, 5);
+    CHECK(!place.dialling);
     CHECK_EQ(waiter_leave(&pool->slab, &place), -1);
     CHECK(!place.queued);
+    place.dialling = true; /* who has a dial under way keeps it */
+    CHECK(waiter_enter(&pool->slab, &place, pool->worker, 1, 7, 5) && place.dialling);
+    waiter_leave(&pool->slab, &place);
     end();
 }
 
@@ -378,6 +382,24 @@ static void wakeup_passed_on(void)
     end();
 }
 
+/* An offer comes to one who was woken for something else: that is passed on, to whoever can use it. */
+static void wakeup_before_an_offer(void)
+{
+    begin(1, 4);
+    struct pool_claim claim = held();
+    struct waiter_place place, later;
+    enter(&place, other, 1, 1);
+    enter(&later, other, 2, 1);
+    waiter_wake_first(&pool->slab, 1);
+    CHECK(woken(&place) && !woken(&later));
+    CHECK_EQ(play_release(pool, &claim), RELEASED);
+    CHECK_EQ(play_state(pool, 0), SLOT_OFFERED);
+    CHECK(woken(&later));
+    waiter_leave(&pool->slab, &later);
+    pool_return_promise(other, waiter_leave(&pool->slab, &place));
+    end();
+}
+
 /* The slot was taken from the offerer (two threads release one lease): the waiter finds that out by itself. */
 static void lost_while_offering(void)
 {
@@ -524,6 +546,7 @@ int main(void)
     RUN(addressee_dead);
     RUN(nobody_fits);
     RUN(wakeup_passed_on);
+    RUN(wakeup_before_an_offer);
     RUN(lost_while_offering);
     RUN(patience);
     RUN(rematch);

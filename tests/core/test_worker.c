@@ -41,6 +41,14 @@ static void locks(void)
     seat_close(two);
     seat_close(two); /* twice is once */
     CHECK(byte_lock(one->fd, 3) && byte_lock(one->fd, 2));
+    int number = one->fd; /* the program closes the seat, and has a pipe of its own by that number */
+    int ends[2];
+    CHECK(pipe(ends) == 0 && dup2(ends[0], number) == number);
+    seat_close(one);
+    CHECK(fcntl(number, F_GETFD) >= 0);
+    close(number);
+    close(ends[0]);
+    close(ends[1]);
     CHECK(byte_is_locked(-1, 3)); /* cannot tell: alive */
     CHECK(!byte_lock(-1, 3));
     seat_give_back(one);
