@@ -1460,4 +1460,25 @@ MUTANTS = [
         "if (fd >= 0 && fstat(fd, &status) == 0)",
         "test_worker",
     ),
+    Mutant(
+        "recovery leaves a place that changes under its hands",
+        "waiter.c",
+        "        while (word != WAITER_FREE_WORD && waiter_owner(word) == owner)\n",
+        "        if (word != WAITER_FREE_WORD && waiter_owner(word) == owner)\n",
+        *_walk("recover-queued"),
+    ),
+    Mutant(
+        "an offer that its waiter needs no more keeps the wake-up",
+        "waiter.c",
+        "if (had || SHM_LOAD_SEQ(offer, slab->waiter_words[cell]) != matched)",
+        "if (had)",
+        *_walk("two-waiters"),
+    ),
+    Mutant(
+        "who claims an offer before it is checked keeps the wake-up",
+        "waiter.c",
+        "            waiter_wake_first(slab, WAITER_ANY_BUCKET); /* the addressee may",
+        "            (void)me; /* the addressee may",
+        *_walk("two-waiters"),
+    ),
 ]

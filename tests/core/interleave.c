@@ -1211,6 +1211,17 @@ static void dead_holder(void)
 }
 
 /* The same, and it had a place in the queue to which the other slot was offered. */
+/* The dead one stands in the queue, and nobody has offered it anything yet. */
+static void dead_in_queue(void)
+{
+    struct waiter_place place = {0};
+    fill();
+    struct pool *dead = play_attach(checker);
+    CHECK_EQ(pool_join(dead), POOL_OK);
+    CHECK(waiter_enter(&dead->slab, &place, dead->worker, PLAY_ANY, 1, 1));
+    now_ns += 1000 * PLAY_MS;
+    seat_close(dead->seat);
+}
 static void dead_waiter(void)
 {
     struct waiter_place place = {0};
@@ -1396,6 +1407,7 @@ static const struct scenario scenarios[] = {
     {"leave-under-sweep", 1, 5, 3, 0, sweep_and_leave, {body_recover, body_leave_now, body_recover_and_get}, NULL, ONE_PROCESS, 0},
     {"recover", 1, 5, 2, 0, dead_holder, {body_recover, body_recover_and_get}, deaths_are_counted_once, 0, 0},
     {"recover-waiter", 2, 5, 3, HANDOVER, dead_waiter, {body_recover, body_recover_and_get, body_lease}, NULL, 0, 0},
+    {"recover-queued", 1, 5, 2, HANDOVER, dead_in_queue, {body_recover, body_lease}, NULL, 0, 0},
     {"newcomer", 1, 2, 2, 0, dead_holder, {body_recover_and_lease, body_newcomer}, NULL, 0, 0},
     {"herd", 3, 5, 3, 0, nothing_open, {body_get, body_get, body_get}, NULL, 0, 0},
     {"adopt", 1, 5, 3, 0, orphan_dial, {body_dial_succeeds, body_lease, body_lease}, NULL, 0, 0},

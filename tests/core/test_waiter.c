@@ -466,7 +466,8 @@ static void rematch(void)
     end();
 }
 
-/* A place that was taken from its waiter (recovery took it for dead) is another's: told by the ticket, and by the owner. Whoever sleeps there is woken. */
+/* A place that was taken from its waiter (recovery took it for dead) is another's: told by the ticket, and by the owner.
+ * Whoever sleeps there is woken. */
 static void forgotten(void)
 {
     begin(1, 1);
