@@ -1117,7 +1117,7 @@ MUTANTS = [
         "    (void)row; /*",
         "test_pool",
     ),
-    # what once nobody found
+    # added with the tests that find them
     Mutant(
         "who ends a connection by its letter keeps a copy",
         "pool.c",
