@@ -23,7 +23,15 @@ from tests.servers import ExclusiveServer
 SEGMENTS = Path("/dev/shm")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background, where Ctrl-C is not heard
     signal.signal(signal.SIGINT, signal.default_int_handler)
-LONG_FILES = ("test_servers_", "test_serving", "test_life", "test_outage", "test_day", "test_hostile")
+LONG_FILES = (
+    "test_servers_",
+    "test_serving",
+    "test_life",
+    "test_outage",
+    "test_day",
+    "test_hostile",
+    "test_surroundings",
+)
 OWN_TARGETS = ("quick", "sanitize")
 
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, get_context
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -491,13 +491,13 @@ class Company:
         theirs.close()
         return self._add(Worker(forked.pid, ours, forked.wait, None))
 
-    def execute(self, latch: Latch | None = None, **environment: str) -> Worker:
-        """A new interpreter. Its tasks wait for the latch."""
+    def execute(self, latch: Latch | None = None, through: Sequence[str] = (), **environment: str) -> Worker:
+        """A new interpreter. Its tasks wait for the latch. `through`: words of the command that starts it."""
         ours, theirs = connection.Pipe()
         latch = latch or self._latch
         stderr = tempfile.TemporaryFile()  # noqa: SIM115 - the worker closes it
         process = subprocess.Popen(
-            [sys.executable, "-c", _MAIN, str(theirs.fileno())],
+            [*through, sys.executable, "-c", _MAIN, str(theirs.fileno())],
             cwd=ROOT,
             env={**os.environ, **environment, "LATCH": str(latch._fd), "PYTHONWARNINGS": "always"},
             pass_fds=[theirs.fileno(), latch._fd],
