@@ -11,6 +11,7 @@ Imports nothing of shmpool at run time but `errors`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -452,15 +453,22 @@ class PoolConfig:
         """Every setting for people and inspectors: callables by their qualified name, infinity as "inf"."""
         return json.dumps({name: _plain(value) for name, value in self.to_dict().items()}, allow_nan=False)
 
+    def to_slab(self) -> str:
+        """What `to_json` makes, and, where it is not the host's, the clock by which the pool's times are."""
+        offset = _clock_offset()
+        return self.to_json() if offset == _HOSTS_CLOCK else json.dumps({**json.loads(self.to_json()), _CLOCK: offset})
+
     @classmethod
     def from_json(cls, text: str, **settings: object) -> PoolConfig:
-        """A configuration from what `to_json` made, with `settings` for those that text cannot say, and for others.
+        """A configuration from what `to_json` or `to_slab` made, with `settings` for those that text cannot say, and
+        for others.
 
         Raises InvalidConfig when a `dial` is missing, ValueError when the text is none that `to_json` makes.
         """
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("not a configuration")
+        values.pop(_CLOCK, None)
         known = _read(values)
         if known.get("dial") is not None and settings.get("dial") is None:
             remedy = "is what opens the connections of this pool: give that callable as dial="
@@ -469,9 +477,16 @@ class PoolConfig:
         return cls.from_dict({**plain, **settings})
 
     def disagreements(self, json_text: str) -> list[InvalidConfig]:
-        """What must be equal in all processes of a pool, and differs between this and what `to_json` made of theirs."""
+        """What must be equal in all processes of a pool, and differs between this and what `to_slab` made of theirs."""
         ours = json.loads(self.to_json())
-        theirs = {**ours, **json.loads(json_text)}
+        theirs = {_CLOCK: _HOSTS_CLOCK, **ours, **json.loads(json_text)}
+        if theirs[_CLOCK] != (offset := _clock_offset()):
+            remedy = (
+                f"its processes are in a time namespace of {theirs[_CLOCK]!r} (seconds, nanoseconds added to "
+                f"CLOCK_MONOTONIC), this one of {offset!r}: its times mean nothing here; join from a time namespace of "
+                "the same offset, or choose another name"
+            )
+            return [InvalidConfig(field="name", value=self.name, remedy=remedy)]
         return [
             InvalidConfig(
                 field=setting.name,
@@ -677,6 +692,20 @@ def _no_such(name: str, known: Iterable[str]) -> str:
 
 _CALLABLE_TEXT_MAX = 200
 _LEFT_ALONE = "SHMPOOL_TEST_"  # what shmpool's own tests are told
+
+
+# The key of what is no setting in a slab's text: CLOCK_MONOTONIC's offset there, as the kernel writes it.
+_CLOCK, _HOSTS_CLOCK = "monotonic_offset", "0 0"
+
+
+def _clock_offset() -> str:
+    """Of this process's time namespace; the host's where there are none (before Linux 5.6), or it cannot be read."""
+    with contextlib.suppress(OSError), open("/proc/self/timens_offsets", encoding="ascii") as file:
+        for line in file:
+            clock, *offset = line.split()
+            if clock == "monotonic":
+                return " ".join(offset)
+    return _HOSTS_CLOCK
 
 
 def _read(values: Mapping[str, object]) -> dict[str, object]:

@@ -258,7 +258,7 @@ class Pool(_core.PoolBase):
             if config.listening and self._target is not None:
                 clients = serving.bind(self._target, config)
                 target = serving.text_of(serving.address_of(clients.fileno()))
-            born = (slab_id, time.time(), os.getuid(), self._name, target, config.to_json(), socket_path)
+            born = (slab_id, time.time(), os.getuid(), self._name, target, config.to_slab(), socket_path)
             settings = self._settings()
             handed_over = True
             self._create(fd, listener, capacities, born, settings)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shmpool import attach, slab
+from shmpool import InvalidConfig, attach, slab
 from tests import joining, surroundings
 from tests.joining import Company, Mine, Runtime, every_slot, fresh_name, give_back, hold, lease_once, make
 from tests.processes import TIMEOUT_S, lease_every_slot, until, use
@@ -161,3 +161,26 @@ def test_a_container_that_forbids_to_copy(company: Company, settings: dict[str, 
     member.resume()
     newcomer.do(joining.attach, name)
     newcomer.do(lease_once)
+
+
+# Clocks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", ["36000", "-5"])
+def test_another_time_namespace_is_refused(company: Company, settings: dict[str, Any], name: str, offset: str) -> None:
+    """Its CLOCK_MONOTONIC is another: it would take living leases for overdue, and hold back everybody's dials for
+    hours. Breaks when it may join; who has the same offset may."""
+    ahead = unshare("--time", "--monotonic", offset, "--fork", "--kill-child")
+    one, same, other = company.execute(through=ahead), company.execute(through=ahead), company.execute()
+    one.do(make, **settings)
+    same.do(joining.attach, name)
+    assert same.do(lease_once) == one.do(lease_once)
+    for join in (lambda: other.do(make, **settings), lambda: other.do(joining.attach, name)):
+        with pytest.raises(InvalidConfig, match=rf"time namespace of '{offset} 0'.* this one of '0 0'"):
+            join()
+    same.do(joining.leave)
+    one.do(joining.leave)
+    other.do(make, **settings)
+    with pytest.raises(InvalidConfig, match=rf"time namespace of '0 0'.* this one of '{offset} 0'"):
+        one.do(make, **settings)
+    other.do(lease_once)
