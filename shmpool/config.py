@@ -700,9 +700,9 @@ _CLOCK, _HOSTS_CLOCK = "monotonic_offset", "0 0"
 
 def _clock_offset() -> str:
     """Of this process's time namespace; the host's where there are none (before Linux 5.6), or it cannot be read."""
-    with contextlib.suppress(OSError), open("/proc/self/timens_offsets", encoding="ascii") as file:
+    with contextlib.suppress(OSError), open("/proc/self/timens_offsets", "rb") as file:
         for line in file:
-            clock, *offset = line.split()
+            clock, *offset = line.decode().split()
             if clock == "monotonic":
                 return " ".join(offset)
     return _HOSTS_CLOCK

@@ -792,6 +792,11 @@ class Pool(_core.PoolBase):
     def _error(self, kind: str, mask: int, waited: float, timeout: float) -> PoolError | OSError:
         """The exception for something the core cannot give. For "system", `mask` is the errno."""
         if kind == "system":
+            if mask == errno.ENOENT:  # of the segment in /proc/self/fd
+                what = (
+                    f"process {os.getpid()} cannot join pool {self._name!r}: mount /proc in its container or namespace"
+                )
+                return OSError(mask, f"/proc is not there, so {what}")
             return shortage(OSError(mask, os.strerror(mask)), f"process {os.getpid()} cannot join pool {self._name!r}")
         if kind in ("closed", "draining"):
             return PoolClosed(pool=self._name, left=self._left(), draining=kind == "draining")

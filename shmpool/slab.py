@@ -66,6 +66,7 @@ def create(size: int, connections: int) -> tuple[int, str]:
     try:
         fd = _shared_memory(os.path.basename(path), size)
     except OSError as error:
+        _remove(path)
         raise _no_room(size, connections, error) from error
     except BaseException:
         _remove(path)
@@ -96,6 +97,8 @@ def _shared_memory(name: str, size: int) -> int:
         return int(posix_ipc.SharedMemory("/" + name, posix_ipc.O_CREX, mode=0o600, size=size).fd)
     except posix_ipc.Error as error:
         raise OSError(errno.ENOENT, str(error)) from error
+    except ValueError as error:  # its word for EFBIG
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG)) from error
     except OSError as error:  # it has no errno for a process or a machine that has as many files open as it may
         raise OSError(error.errno or errno.EMFILE, error.strerror or str(error)) from error
 
@@ -112,6 +115,8 @@ def _no_room(size: int, connections: int, error: OSError) -> InvalidConfig | OSE
     remedy = "lower max_workers (16 KiB each) or max_connections, or give the machine or container more shared memory"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         have, remedy = "it cannot be written to", "mount it so that this user may write there"
+    elif error.errno == errno.EFBIG:
+        have, remedy = "this process may not write a file of that size", "raise its RLIMIT_FSIZE (ulimit -f)"
     return InvalidConfig(
         field="max_connections", value=connections, remedy=f"{needed}, but {have} ({error.strerror}); {remedy}"
     )

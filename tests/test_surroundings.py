@@ -9,7 +9,9 @@ surroundings are made (surroundings).
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,3 +186,81 @@ def test_another_time_namespace_is_refused(company: Company, settings: dict[str,
     with pytest.raises(InvalidConfig, match=rf"time namespace of '0 0'.* this one of '{offset} 0'"):
         one.do(make, **settings)
     other.do(lease_once)
+
+
+# Limits ---------------------------------------------------------------------------------------------------------------
+
+NO_MEMORY = "Cannot allocate memory, so slab '{name}' cannot be mapped"
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "make_fails", "join_fails"),
+    [
+        ("FSIZE", 0, "RLIMIT_FSIZE", ""),
+        ("FSIZE", 4096, "RLIMIT_FSIZE", ""),
+        ("AS", 1 << 20, NO_MEMORY, NO_MEMORY),
+        ("MEMLOCK", 0, "", ""),
+        ("SIGPENDING", 0, "", ""),
+        ("STACK", 1 << 16, "", ""),
+    ],
+)
+def test_limits(
+    company: Company, settings: dict[str, Any], name: str, what: str, value: int, make_fails: str, join_fails: str
+) -> None:
+    """Each call says what is missing, or does not mind; no slot is lost, and nothing is left of what was refused."""
+    keeper, poor, joiner, user = (company.fork() for _ in range(4))
+    user_pool = keeper.do(make, **settings)
+    assert user.do(joining.attach, name) == user_pool
+    for worker in (poor, joiner, user):
+        worker.do(surroundings.limit, what, value)
+    user.do(surroundings.tend)
+    before = set(joining.segment_of(name).parent.glob(f"{slab.prefix()}.{poor.pid}-*"))
+    for worker, task, args, fails in (
+        (poor, make, (settings["target"],), make_fails),
+        (joiner, joining.attach, (name,), join_fails),
+    ):
+        if fails:
+            with pytest.raises((OSError, InvalidConfig), match=fails.format(name=".*")):
+                worker.do(task, *args)
+        else:
+            worker.do(task, *args)
+            worker.do(surroundings.tend)
+            worker.do(joining.leave)
+    assert set(joining.segment_of(name).parent.glob(f"{slab.prefix()}.{poor.pid}-*")) == before == set()
+    assert len(keeper.do(every_slot)) == CAP
+
+
+def test_no_more_threads() -> None:
+    """RLIMIT_NPROC: nobody answers newcomers or maintains, and whoever calls is served."""
+    in_world(surroundings.no_more_threads)
+
+
+def test_a_wall_clock_that_is_set_to_and_fro(
+    company: Company, settings: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    """Breaks when a timeout, an age or a lifetime is taken from it: by the clock of one member hours have passed."""
+    shim = surroundings.clock_setter(tmp_path)
+    settings |= {"idle_timeout": 600.0, "max_lifetime": 1200.0, "leak_timeout": 900.0, "leak_action": "revoke"}
+    settings["maintenance_interval"] = math.inf
+    odd, other = company.execute(LD_PRELOAD=shim, CLOCK_STEP_S="36000"), company.execute()
+    odd.do(make, **settings)
+    other.do(make, **settings)
+    looks = odd.do(surroundings.wall_clock)
+    assert max(looks) - min(looks) > 70_000, "the shim does nothing"
+    numbers = odd.do(every_slot)
+    for holder, worker in ((odd, other), (other, odd)):
+        assert {holder.do(hold), holder.do(hold)} == numbers
+        for process in (odd, other):
+            process.do(surroundings.maintain)
+            took, ages, use = process.do(surroundings.times_of)
+            assert 0.05 <= took < TIMEOUT_S
+            assert all(0 <= age < 600 for age in ages), ages
+            assert 0 <= use < 600
+        waits(worker, name)
+        holder.do(give_back, 0, "release")
+        assert worker.answer() in numbers
+        holder.do(give_back, 0, "release")
+    with attach(name) as pool:
+        assert lease_every_slot(pool) == numbers, "a connection was ended"
+        assert not any(pool.stats().closed.values())
+        assert pool.stats().connections["idle"] == CAP
