@@ -17,6 +17,7 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -377,3 +378,51 @@ def times_of(mine: Mine) -> tuple[float, list[float], float]:
     took = time.monotonic() - begun
     stats = mine.pool.stats()
     return took, [each for slot in stats.slots for each in (slot.age, slot.since)], stats.use_latency.p99
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+class Rude(BaseException):
+    """Of a handler."""
+
+
+def under_a_timer(url: str, act: str, handler: str) -> tuple[int, str]:
+    """In the main thread of a child: a call while a handler runs each millisecond; how often; how it ended."""
+    pool, ran = Pool(url, **QUIET), 0
+    nobody = socket.socket()
+    nobody.bind(("127.0.0.1", 0))  # and does not listen
+    down = Pool(f"tcp://127.0.0.1:{nobody.getsockname()[1]}", **{**QUIET, "min_connections": 1})
+    leases = [pool.get() for _ in range(CAP)]
+
+    def handle(*_: object) -> None:
+        nonlocal ran
+        ran += 1
+        if handler == "uses":
+            with contextlib.suppress(shmpool.PoolError), pool.try_get():
+                pool.stats()
+        elif handler == "raises" and ran == 20:
+            raise Rude
+
+    acts: dict[str, Callable[[], object]] = {
+        "get": lambda: pool.get(timeout=0.2),
+        "drain": lambda: pool.drain(timeout=0.2),
+        "close": lambda: pool.close(timeout=0.2),
+        "wait_ready": lambda: down.wait_ready(timeout=0.2),
+    }
+    signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        ended = type(acts[act]()).__name__
+    except BaseException as error:  # noqa: BLE001 - what it is, the test says
+        ended = type(error).__name__
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    for lease in leases:
+        lease.release()
+    if pool.state == "open":
+        assert len(lease_every_slot(pool)) == CAP
+    pool.close()
+    down.close()
+    nobody.close()
+    return ran, ended

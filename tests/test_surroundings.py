@@ -19,7 +19,7 @@ import pytest
 from shmpool import InvalidConfig, attach, slab
 from tests import joining, surroundings
 from tests.joining import Company, Mine, Runtime, every_slot, fresh_name, give_back, hold, lease_once, make
-from tests.processes import TIMEOUT_S, lease_every_slot, until, use
+from tests.processes import TIMEOUT_S, Family, lease_every_slot, until, use
 from tests.servers import ExclusiveServer
 from tests.surroundings import CAP, OWN_PIDS, TMPFS, in_world, own_pid, sees, unshare, waits
 
@@ -264,3 +264,16 @@ def test_a_wall_clock_that_is_set_to_and_fro(
         assert lease_every_slot(pool) == numbers, "a connection was ended"
         assert not any(pool.stats().closed.values())
         assert pool.stats().connections["idle"] == CAP
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handler", ["runs", "uses", "raises"])
+@pytest.mark.parametrize("act", ["get", "drain", "close", "wait_ready"])
+def test_a_timer_during_a_wait(server: ExclusiveServer, family: Family, act: str, handler: str) -> None:
+    """Each wait lasts its time whatever handlers do meanwhile, and ends at once by what one raises."""
+    ran, ended = family.fork(surroundings.under_a_timer, server.url, act, handler).result()
+    assert ran >= 20, "the handler did not run during the wait"
+    assert (ended == "Rude") == (handler == "raises")
+    assert ended in ("Rude", {"drain": "int", "close": "int"}.get(act, "PoolTimeout"))
