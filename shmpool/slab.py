@@ -66,7 +66,8 @@ def create(size: int, connections: int) -> tuple[int, str]:
     try:
         fd = _shared_memory(os.path.basename(path), size)
     except OSError as error:
-        _remove(path)
+        with contextlib.suppress(OSError):  # most errors come before there is one
+            os.unlink(path)
         raise _no_room(size, connections, error) from error
     except BaseException:
         _remove(path)

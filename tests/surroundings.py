@@ -370,7 +370,7 @@ def wall_clock(mine: Mine) -> list[float]:
     return [time.time() for _ in range(3)]
 
 
-def times_of(mine: Mine) -> tuple[float, list[float], float]:
+def times_of(mine: Mine) -> tuple[float, list[float | None], float]:
     """How long a get() in vain waits; how old connections and their states are; how long leases were."""
     begun = time.monotonic()
     with pytest.raises(PoolTimeout):
