@@ -6,7 +6,7 @@ model says which connections are leased and by whom, which lie idle, how every c
 the pool's own statistics, and the server, must say the same. A story that fails is printed; SHMPOOL_TEST_SEED, which
 is printed too, draws the same stories again, and SHMPOOL_TEST_SHRINK=1 cuts one down to its shortest form (minutes).
 
-    SHMPOOL_TEST_STORIES=5000 pytest tests/test_reference.py     # how many; 25 otherwise
+    SHMPOOL_TEST_STORIES=5000 pytest tests/test_reference.py     # how many; 15 otherwise
 
 Not here: what happens at the same time (test_storm, test_day, core/interleave.c). Here one thing is done at a time.
 """
@@ -48,7 +48,7 @@ from tests.joining import (
 from tests.processes import LONG, chance, lease_every_slot, until
 from tests.servers import ExclusiveServer
 
-STORIES = int(os.environ.get("SHMPOOL_TEST_STORIES", 1500 if LONG else 25))
+STORIES = int(os.environ.get("SHMPOOL_TEST_STORIES", 1500 if LONG else 15))
 STEPS, MOST, WORKERS = 40, 4, 4
 SETTINGS: dict[str, Any] = {
     "max_connections": 3,

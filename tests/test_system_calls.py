@@ -19,6 +19,7 @@ import contextlib
 import errno
 import functools
 import gc
+import itertools
 import math
 import os
 import time
@@ -33,7 +34,7 @@ from shmpool import Pool, PoolClosed, PoolError
 from tests import tracing
 from tests.books import audit
 from tests.joining import fresh_name
-from tests.processes import Child, Family, Latch, descriptors, lease_every_slot, proven, states, until, use
+from tests.processes import LONG, Child, Family, Latch, descriptors, lease_every_slot, proven, states, until, use
 from tests.servers import ExclusiveServer, exclusive_use
 
 pytestmark = pytest.mark.skipif(not tracing.SUPPORTED, reason="system calls are intercepted on x86-64 only")
@@ -137,7 +138,7 @@ SCENARIOS = {
     "leave": Scenario(one_idle, holds_one, lambda pool, _begun: pool.leave()),
     "close": Scenario(all_idle, holds_one, lambda pool, _begun: pool.close(), ends=True),
 }
-QUICK = ("dial", "steal", "discard")
+QUICK = ("dial", "discard")
 
 
 @contextlib.contextmanager
@@ -184,11 +185,19 @@ def others_go_on(pool: Pool) -> None:
         lease.release()
 
 
+def runs() -> list[Any]:
+    """In the short form all are killed, some are stopped."""
+    chosen = []
+    for name, how in itertools.product(SCENARIOS, ("killed", "stopped")):
+        marks = [] if name in QUICK else [pytest.mark.servers]
+        if how == "stopped" and name not in (*QUICK, "steal", "check"):
+            marks.append(pytest.mark.skipif(not LONG, reason="SHMPOOL_TEST_LONG=1 asks for it"))
+        chosen.append(pytest.param(name, how, marks=marks))
+    return chosen
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.servers) for name in SCENARIOS]
-)
+@pytest.mark.parametrize(("name", "how"), runs())
 def test_at_every_system_call(server: ExclusiveServer, family: Family, name: str, how: str) -> None:
     scenario, point, ran_through = SCENARIOS[name], 0, False
     while not ran_through:
