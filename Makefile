@@ -68,8 +68,8 @@ verify-storm: $(HAS)test $(EXTENSION) ## storms of SECONDS (60) each, days, outa
 	$(LONG) tests/test_storm.py tests/test_day.py tests/test_outage.py tests/test_reference.py tests/test_join.py \
 	  tests/test_join_matrix.py
 
-verify-hostile: $(HAS)test $(EXTENSION) ## 5 000 damaged slabs under sanitizers, 500 inspectors killed under load
-	$(LONG) tests/test_hostile.py
+verify-hostile: $(HAS)test $(EXTENSION) ## 5 000 damaged slabs under sanitizers, 500 killed inspectors, strange surroundings
+	$(LONG) tests/test_hostile.py tests/test_surroundings.py tests/test_failures.py
 
 bench: $(HAS)bench $(EXTENSION) ## measure, beside other pools
 	$(BIN)/python -m benches
