@@ -33,7 +33,7 @@ test: $(HAS)test $(EXTENSION) ## run all tests but the long recipes and the sani
 	$(BIN)/python -m pytest -q -n auto -m 'not sanitize and not servers'
 
 check: export SHMPOOL_TEST_TOOLS := required
-check: tools lint types build test servers sanitize bench-smoke ## all of CI
+check: tools lint types build test servers sanitize bench-smoke ## all of CI (installs missing Debian packages, as make tools does)
 
 servers: $(HAS)test $(EXTENSION) ## recipes for real servers, long scenarios, mutants of the core
 	$(BIN)/python -m pytest -q -n auto -m servers
@@ -41,11 +41,13 @@ servers: $(HAS)test $(EXTENSION) ## recipes for real servers, long scenarios, mu
 sanitize: $(HAS)test $(EXTENSION) ## run the C core's tests under the sanitizers
 	$(BIN)/python -m pytest -q -n auto -m sanitize
 
-# The long forms of what the checks do; docs/verification.md says what each proves. SECONDS: for each scenario.
+# The long forms of what the checks do; docs/verification.md says what each proves. SECONDS: for each scenario or storm; a day takes twice that.
 
 SECONDS ?= 60
 LONG := SHMPOOL_TEST_LONG=1 SHMPOOL_TEST_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -n auto --timeout 0
 DEBUG_PYTHON ?= python3-dbg
+
+verify-model verify-interleavings verify-crash verify-storm verify-hostile: export SHMPOOL_TEST_TOOLS := required
 
 verify-model: $(HAS)test $(EXTENSION) ## search the model of the protocols with spin, at length
 	$(LONG) tests/test_model.py
@@ -56,7 +58,7 @@ verify-interleavings: $(HAS)test $(EXTENSION) ## every order of steps of the cor
 verify-crash: $(HAS)test $(EXTENSION) ## ended, stopped, killed at every step, instruction, system call; recoveries too
 	$(LONG) tests/test_core.py tests/test_system_calls.py -k '(crash or killed or system_calls) and not mutant'
 
-verify-sanitize: sanitize ## the sanitizers; and all tests on a debug build of Python and of the core (python3-dbg)
+verify-sanitize: sanitize ## the sanitizers; and make test on a debug build of Python and of the core (python3-dbg)
 	@command -v $(DEBUG_PYTHON) > /dev/null || { echo "$(DEBUG_PYTHON) is missing: Debian has it as python3-dbg," \
 	"with python3-venv and libpython3-dev; or give DEBUG_PYTHON=" >&2; exit 1; }
 	$(MAKE) test PYTHON=$(DEBUG_PYTHON) VENV=.venv-debug
@@ -66,7 +68,7 @@ verify-mutants: $(HAS)test $(EXTENSION) ## every fault that is kept for the core
 
 verify-storm: $(HAS)test $(EXTENSION) ## storms of SECONDS (60) each, days, outages, stories against a model
 	$(LONG) tests/test_storm.py tests/test_day.py tests/test_outage.py tests/test_reference.py tests/test_join.py \
-	  tests/test_join_matrix.py
+	  tests/test_join_matrix.py tests/test_stop.py tests/test_recovery.py tests/test_serving.py tests/test_maintenance.py
 
 verify-hostile: $(HAS)test $(EXTENSION) ## 5 000 damaged slabs under sanitizers, 500 killed inspectors, strange surroundings
 	$(LONG) tests/test_hostile.py tests/test_surroundings.py tests/test_failures.py

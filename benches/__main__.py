@@ -1,7 +1,7 @@
 """Runs the benches: `python -m benches [names...] [--quick] [--floors] [--json FILE]`.
 
 The result is written to a file, and drawn beside it. `--plot FILE` draws one again; `--install FILE` makes it the
-reference, whose figures and picture README.md has.
+reference, whose figures and picture benches/README.md has.
 
 Not here: the benches (`bench_*`), what is made of a result (`results`, `report`, `plot`).
 """
@@ -50,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--plot", metavar="FILE", type=Path, help="run nothing: draw that result again")
     instead.add_argument(
-        "--install", metavar="FILE", type=Path, help="run nothing: make that result the reference that README.md shows"
+        "--install",
+        metavar="FILE",
+        type=Path,
+        help="run nothing: make that result the reference that benches/README.md shows",
     )
     chosen = parser.parse_args(arguments)
     try:

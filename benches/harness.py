@@ -196,7 +196,7 @@ def machine() -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
         "compiler": platform.python_compiler(),

@@ -1,12 +1,13 @@
-"""A pool of many processes against a model of a page: whatever is done to it, in whatever order, both agree.
+"""A pool of many processes against a model that fits on a page: whatever is done to it, in whatever order, both agree.
 
-Hypothesis draws stories: workers are forked, spawned, executed and join; they lease, return, discard, wait, leave, are
-stopped, go on and are killed; the pool is resized, paused, evicted; the server closes what is idle. After each step the
-model says which connections are leased and by whom, which lie idle, how every call ended, why every connection ended;
-the pool's own statistics, and the server, must say the same. A story that fails is printed; SHMPOOL_TEST_SEED, which
-is printed too, draws the same stories again, and SHMPOOL_TEST_SHRINK=1 cuts one down to its shortest form (minutes).
+Hypothesis draws stories: workers are forked, spawned, executed, and fork themselves; they lease, return, discard, wait,
+leave, are stopped, go on and are killed; the pool is resized, paused, evicted; the server closes what is idle. After
+each step the model says which connections are leased and by whom, which lie idle, how every call ended, why every
+connection ended; the pool's own statistics, and the server, must say the same. A story that fails is printed;
+SHMPOOL_TEST_SEED, which is printed too, draws the same stories again, and SHMPOOL_TEST_SHRINK=1 cuts one down to its
+shortest form (minutes).
 
-    SHMPOOL_TEST_STORIES=5000 pytest tests/test_reference.py     # how many; 15 otherwise
+    SHMPOOL_TEST_STORIES=5000 pytest tests/test_reference.py     # how many; else 15, or 1500
 
 Not here: what happens at the same time (test_storm, test_day, core/interleave.c). Here one thing is done at a time.
 """

@@ -3,8 +3,9 @@
 Real processes, a real server, the code as it is installed. For each scenario, for n = 1, 2, 3, ... until it is done
 before that: a child does it and
 
-    killed    is killed at the n-th entry into, or exit from, a system call. The others recover: every slot can be
-              leased once, the books agree, the server saw no more connections than the cap, nothing is left behind.
+    killed    is killed at the n-th entry into, or exit from, a system call that others can notice. The others recover:
+              every slot can be leased once, the books agree, the server saw no more connections than the cap, nothing
+              is left behind.
     stopped   stands there. The others have whatever it does not hold; then it is killed, and as above.
     refused   is told by the kernel that the call cannot be made: no descriptor, no memory, no room, no lock, a signal.
               The scenario may fail with an error that says so. Then the same process leases and returns as ever, with
