@@ -261,13 +261,6 @@ def _flavour(mutant: Mutant) -> Flavour:
     return {"crash": CRASH, "interleave": INTERLEAVE, "stress": THREAD}.get(mutant.program, PLAIN)
 
 
-def _patience(mutant: Mutant) -> float:
-    """After so long it waits for what will never be."""
-    if _flavour(mutant) is not PLAIN:
-        return 110
-    return 30 if mutant.program == "test_descriptors" else 12
-
-
 def _marks(mutant: Mutant) -> list[pytest.MarkDecorator]:
     marks = [pytest.mark.sanitize] if _flavour(mutant) is THREAD else [pytest.mark.servers]
     if mutant.needs_root:
@@ -295,7 +288,7 @@ def test_mutant_is_found(builder: Builder, mutant: Mutant, tmp_path: Path) -> No
     program = builder.program(mutant.program, _flavour(mutant), core, tmp_path)
     for _ in range(TRIES):
         try:
-            done = _run(program, *mutant.arguments, seconds=_patience(mutant))
+            done = _run(program, *mutant.arguments, seconds=30 if _flavour(mutant) is PLAIN else 110)
         except subprocess.TimeoutExpired:  # it waits for what will never be: that is found, too
             return
         if done.returncode != 0:

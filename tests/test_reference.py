@@ -7,7 +7,7 @@ connection ended; the pool's own statistics, and the server, must say the same. 
 SHMPOOL_TEST_SEED, which is printed too, draws the same stories again, and SHMPOOL_TEST_SHRINK=1 cuts one down to its
 shortest form (minutes).
 
-    SHMPOOL_TEST_STORIES=5000 pytest tests/test_reference.py     # how many; else 15, or 1500
+    SHMPOOL_TEST_STORIES=5000 pytest tests/test_reference.py     # how many; else 25, or 1500
 
 Not here: what happens at the same time (test_storm, test_day, core/interleave.c). Here one thing is done at a time.
 """
@@ -49,7 +49,7 @@ from tests.joining import (
 from tests.processes import LONG, chance, lease_every_slot, until
 from tests.servers import ExclusiveServer
 
-STORIES = int(os.environ.get("SHMPOOL_TEST_STORIES", 1500 if LONG else 15))
+STORIES = int(os.environ.get("SHMPOOL_TEST_STORIES", 1500 if LONG else 25))
 STEPS, MOST, WORKERS = 40, 4, 4
 SETTINGS: dict[str, Any] = {
     "max_connections": 3,

@@ -123,7 +123,7 @@ def test_workers_are_killed_at_random_and_replaced(
             f"{kills} kills, {sum(turns.list())} turns {turns.list()}, {figures['accepted']} connections, "
             f"{totals['recovered_leases']} leases recovered"
         )
-        assert kills >= wanted / 4  # the machine may be slow
+        assert kills >= wanted
         assert min(turns.list()) > 0
         assert figures["violations"] == 0, figures["violation_log"]
         assert figures["max_open"] <= connections
