@@ -279,7 +279,8 @@ class Story(RuleBasedStateMachine):
         self.idle.clear()
         self.cut.clear()
         if leased:
-            self.doomed |= dict.fromkeys(self.leased(), "evicted")
+            # What lies beyond the cap ends for that, whoever else has named it: evict() looks after the cap, too.
+            self.doomed |= {one: "resized" if self.slot[one] >= self.cap else "evicted" for one in self.leased()}
 
     @precondition(lambda self: self.idle)
     @rule()
